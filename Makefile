@@ -1,0 +1,62 @@
+# `make serve` and `make test` set up what they need; everything lives in .venv. How it is installed: deploy/install.sh.
+# PYTHON, TORCH=cpu|cuda and FAISS=cpu|gpu choose otherwise than by themselves; export them to keep them. ARGS go to the command.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+export PYTHON TORCH FAISS
+
+BIN := .venv/bin
+# A stamp per state of the pins: a second `make serve` starts at once, a changed pin reinstalls.
+PINS := $(shell { cat pyproject.toml constraints.txt deploy/install.sh; echo "$(TORCH) $(FAISS)"; } | cksum | cut -d' ' -f1)
+RUNTIME := .venv/.stamp-runtime-$(PINS)
+DEV := .venv/.stamp-dev-$(PINS)
+TYPED := adapters service $(if $(wildcard loadtest/*.py),loadtest)
+
+.PHONY: help setup setup-dev serve demo bench test format lint types imports files check
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(RUNTIME):
+	@bash deploy/install.sh runtime
+	@rm -f .venv/.stamp-* && touch $@
+
+$(DEV):
+	@bash deploy/install.sh dev
+	@rm -f .venv/.stamp-* && touch $(RUNTIME) $@
+
+setup: $(RUNTIME) ## make .venv with what serving needs
+
+setup-dev: $(DEV) ## make .venv with the tools for tests and checks too
+
+serve: $(RUNTIME) ## run the server with the demo backbone and adapters (ARGS="--port 9000")
+	$(BIN)/adapter-bank serve --demo $(ARGS)
+
+demo: $(RUNTIME) ## train the demo backbone and adapters anew
+	$(BIN)/python -m service.demo.build $(ARGS)
+
+bench: $(RUNTIME) ## run the benchmark ladder
+	$(BIN)/python -m loadtest.bench $(ARGS)
+
+test: $(DEV) ## run the tests (ARGS="-k scheduler")
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(DEV) ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lint: $(DEV) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV) ## mypy --strict
+	$(BIN)/mypy $(TYPED)
+
+imports: $(DEV) ## who may import whom
+	$(BIN)/lint-imports --no-logo
+
+files: $(DEV) ## Dockerfile and compose file
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+check: lint types imports files ## everything that needs no test run
