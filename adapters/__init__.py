@@ -1,0 +1,1 @@
+"""What an adapter is: families, packages, registry, importers, training. Never imports `service`."""
