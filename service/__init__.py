@@ -1,0 +1,1 @@
+"""Serve many task adapters from one frozen vision-language backbone."""

@@ -1,0 +1,112 @@
+"""Settings: one frozen object, built once at the edge from BANK_* variables and command line flags, and passed down."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapters.config import describe
+from adapters.errors import AdapterBankError
+
+MIB = 1024 * 1024
+
+
+class InvalidSettings(AdapterBankError):
+    """A setting has a value that cannot be used; the message names it."""
+
+
+class Settings(BaseSettings):
+    """Every knob of the service. The variable of a field is `BANK_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="BANK_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+    home: Path = Field(default=Path("~/.adapter-bank"), description="State: registry, artifacts, galleries, backbones.")
+    backbone: Path | None = Field(default=None, description="Backbone folder. Default: HOME/backbone.")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto (cuda if there is one).")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Serving precision. bfloat16 halves memory and changes scores slightly."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
+    allow_public: bool = Field(default=False, description="Bind to a public address although there are no API keys.")
+    slots: str | None = Field(
+        default=None,
+        description='Adapter slots on the device by rank, e.g. "64:24,128:6,512:2". Default: from free memory.',
+    )
+    host_cache_mib: int = Field(default=2048, gt=0, description="Host memory for adapters that hold no slot.")
+    feature_cache_mib: int = Field(default=512, ge=0, description="Device memory for vision states of gallery items.")
+    max_batch_rows: int = Field(default=64, gt=0, description="Rows of a batch: frames, texts, pairs or beams.")
+    max_batch_tokens: int = Field(default=32768, gt=0, description="Tokens of a batch's largest forward.")
+    max_queue_seconds: float = Field(
+        default=20.0, gt=0, description="Admitted work, in seconds of measured device time; above it requests get 429."
+    )
+    max_request_mib: int = Field(default=64, gt=0, description="Largest request body.")
+    admission_mib: int = Field(default=1024, gt=0, description="Bytes of media admitted at once.")
+    default_timeout_ms: int = Field(default=30_000, gt=0, description="Deadline of a request that names none.")
+    max_timeout_ms: int = Field(default=300_000, gt=0, description="Longest deadline a request may ask for.")
+    media_workers: int = Field(default=2, gt=0, le=64, description="Processes that decode media.")
+    max_pixels: int = Field(default=40_000_000, gt=0, description="Pixels of one picture or frame.")
+    max_duration_s: float = Field(default=600.0, gt=0, description="Length of one clip.")
+    decode_timeout_s: float = Field(
+        default=20.0, gt=0, description="Time to decode one medium; then its worker is killed."
+    )
+    max_k: int = Field(default=1000, gt=0, description="Most hits of one /retrieve.")
+    max_rerank_depth: int = Field(
+        default=256, gt=0, description="Most candidates of one /retrieve that are looked at again."
+    )
+    max_candidates: int = Field(default=20_000, gt=0, description="Most candidate answers of one /vqa.")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of the device thread; 0 leaves the library's choice."
+    )
+
+    @field_validator("slots")
+    @classmethod
+    def _slots_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_slots(value)
+        return value
+
+    @classmethod
+    def load(cls, **flags: Any) -> "Settings":
+        """From the environment and command line flags (which win; None means not given).
+
+        Raises: InvalidSettings naming the key and what is wrong; unknown BANK_* variables too.
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        unknown = unknown_variables(os.environ)
+        if unknown:
+            raise InvalidSettings(f"unknown settings: {', '.join(unknown)}")
+        try:
+            settings = cls(**given)
+        except ValidationError as error:
+            raise InvalidSettings(describe(error)) from error
+        return settings.model_copy(update={"home": settings.home.expanduser()})
+
+    @property
+    def backbone_folder(self) -> Path:
+        """Where the backbone is."""
+        return self.backbone or self.home / "backbone"
+
+    def slot_buckets(self) -> tuple[tuple[int, int], ...] | None:
+        """(rank, slots) by rising rank, or None for the default from free memory."""
+        return None if self.slots is None else parse_slots(self.slots)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """BANK_* variables that no setting has; a misspelt one must not be ignored in silence."""
+    known = {f"BANK_{name.upper()}" for name in Settings.model_fields}
+    return sorted(name for name in environment if name.startswith("BANK_") and name not in known)
+
+
+def parse_slots(text: str) -> tuple[tuple[int, int], ...]:
+    """'64:24,128:6' -> ((64, 24), (128, 6)), by rising rank. Raises: ValueError."""
+    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+        raise ValueError(f'{text!r} is not of the form "rank:slots,rank:slots"')
+    pairs = [(int(rank), int(slots)) for rank, slots in (part.split(":") for part in text.split(","))]
+    if any(rank < 1 or slots < 1 for rank, slots in pairs) or len({rank for rank, _ in pairs}) != len(pairs):
+        raise ValueError(f"{text!r}: ranks must differ, and ranks and slots be at least 1")
+    return tuple(sorted(pairs))

@@ -1,0 +1,26 @@
+"""Bytes -> pixels and frames, within limits; `MediaWorkers` does it in processes that may be killed.
+
+Knows nothing of models, requests or torch: arrays are NumPy.
+"""
+
+from service.media.clip import VideoFrames, decode_video, sample_times
+from service.media.picture import CLIP_MEAN, CLIP_STD, Preprocessing, decode_image
+from service.media.source import MediaKind, MediaLimits, MediaSource, media_kind
+from service.media.thumbnails import thumbnail
+from service.media.workers import MediaWorkers
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "MediaKind",
+    "MediaLimits",
+    "MediaSource",
+    "MediaWorkers",
+    "Preprocessing",
+    "VideoFrames",
+    "decode_image",
+    "decode_video",
+    "media_kind",
+    "sample_times",
+    "thumbnail",
+]

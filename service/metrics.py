@@ -1,0 +1,81 @@
+"""Every Prometheus series, and the one timer of stages.
+
+Label sets are bounded: stages, tiers and outcomes are fixed lists, adapters are registered names (unknown ones are
+never used as labels). Each `Metrics` owns its registry, so several services can live in one process (tests).
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.types import RequestContext
+
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The series of one service."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter(
+            "bank_requests_total",
+            "Requests by route, adapter and status code",
+            ["route", "adapter", "status"],
+            registry=r,
+        )
+        self.request_seconds = Histogram(
+            "bank_request_seconds", "Time from first byte to last", ["route"], buckets=LATENCY_BUCKETS_S, registry=r
+        )
+        self.stage_seconds = Histogram(
+            "bank_stage_seconds", "Time spent in a stage of a request", ["stage"], buckets=LATENCY_BUCKETS_S, registry=r
+        )
+        self.batch_seconds = Histogram(
+            "bank_batch_seconds", "Device time of a batch", ["stage"], buckets=LATENCY_BUCKETS_S, registry=r
+        )
+        self.batch_jobs = Histogram("bank_batch_jobs", "Jobs in a batch", ["stage"], buckets=BATCH_BUCKETS, registry=r)
+        self.batch_adapters = Histogram(
+            "bank_batch_adapters", "Distinct adapters in a batch", ["stage"], buckets=BATCH_BUCKETS, registry=r
+        )
+        self.dropped_jobs = Counter("bank_dropped_jobs_total", "Jobs never run", ["reason"], registry=r)
+        self.retried_batches = Counter("bank_retried_batches_total", "Batches retried item by item", registry=r)
+        self.queued_jobs = Gauge("bank_queued_jobs", "Jobs waiting", registry=r)
+        self.admitted_cost = Gauge("bank_admitted_cost_ratio", "Share of the admission budget in use", registry=r)
+        self.refused = Counter("bank_refused_total", "Requests refused at the door", ["reason"], registry=r)
+        self.adapter_loads = Counter(
+            "bank_adapter_loads_total", "Adapters loaded, by tier they came to", ["tier"], registry=r
+        )
+        self.adapter_evictions = Counter(
+            "bank_adapter_evictions_total", "Adapters evicted, by tier", ["tier"], registry=r
+        )
+        self.adapter_hits = Counter(
+            "bank_adapter_hits_total", "Leases by the tier that held the adapter", ["tier"], registry=r
+        )
+        self.adapter_load_seconds = Histogram(
+            "bank_adapter_load_seconds", "Time to load an adapter", ["tier"], buckets=LATENCY_BUCKETS_S, registry=r
+        )
+        self.resident_adapters = Gauge("bank_resident_adapters", "Adapters held, by tier", ["tier"], registry=r)
+        self.resident_bytes = Gauge("bank_resident_bytes", "Bytes of adapters held, by tier", ["tier"], registry=r)
+        self.backbone_loads = Counter("bank_backbone_loads_total", "Backbones loaded since start", registry=r)
+        self.registry_generation = Gauge(
+            "bank_registry_generation", "Generation of the registry snapshot in use", registry=r
+        )
+        self.gallery_items = Gauge(
+            "bank_gallery_items", "Items of the live version of a gallery", ["gallery"], registry=r
+        )
+
+    @contextmanager
+    def stage(self, name: str, context: RequestContext | None = None) -> Iterator[None]:
+        """Time a stage of a request: into the histogram and, with a context, into its response headers."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.stage_seconds.labels(name).observe(seconds)
+            if context is not None:
+                context.spent(name, seconds)
