@@ -1,0 +1,1 @@
+"""The frozen BLIP: architecture, weights, forward pass, decoding."""

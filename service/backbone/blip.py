@@ -1,0 +1,412 @@
+"""The frozen forward of a BLIP: vision tower, text encoder, text decoder, projections and matching head.
+
+Weights come from elsewhere; the computation is here: scaled-dot-product attention, true masks everywhere, any
+resolution, and an `Adaptation` as an argument of every forward. Nothing here holds state between calls.
+Source: BLIP (Li et al., 2022), the authors' `vit.py` and `med.py` with UniAdapter's call sites.
+
+Shapes: B rows, F frames, P tokens of a picture (CLS first), L text tokens, M memory tokens, D width, H heads.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.families.base import Adaptation, Site, Stack
+from service.backbone.config import BlipConfig, TextConfig, VisionConfig
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, H*d] -> [B, H, L, d]."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H*d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def add(x: Tensor, term: Tensor | None) -> Tensor:
+    """x plus a term that may be absent."""
+    return x if term is None else x + term
+
+
+def adapter_delta(adaptation: Adaptation | None, site: Site, x: Tensor) -> Tensor | None:
+    """The adaptation's term at a site; none without an adaptation."""
+    return None if adaptation is None else adaptation.delta(site, x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one query-key-value map."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values [B, H, L, d] of x [B, L, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention output [B, L, D]; `mask` broadcasts to [B, H, L, K], True where a key is seen."""
+        return self.proj(merge_heads(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Attention of text positions over a memory of another width."""
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+        self.proj = nn.Linear(width, width)
+
+    def remember(self, y: Tensor, terms: tuple[Tensor, Tensor] | None, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, M, d] of memory y [B, M, D].
+
+        `terms` are added before the split into heads, then `factors` [B, M] scale the complete keys.
+        """
+        k, v = self.key(y), self.value(y)
+        if terms is not None:
+            k, v = k + terms[0], v + terms[1]
+        if factors is not None:
+            k = k * factors.unsqueeze(-1)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """x [B*G, L, D] over B memories, each shared by the G rows that follow one another."""
+        rows, length = x.shape[0], x.shape[1]
+        q = split_heads(self.query(x), self.heads)  # [B*G, H, L, d]
+        shared = rows // k.shape[0]
+        if shared > 1:  # rows of one memory become further query positions of it
+            q = q.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)  # [B, H, G*L, d]
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if shared > 1:
+            out = out.unflatten(2, (shared, length)).transpose(1, 2).flatten(0, 1)  # [B*G, H, L, d]
+        return self.proj(merge_heads(out))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two linear maps with the exact (erf) GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block; the adapter's term is parallel to the MLP."""
+
+    def __init__(self, config: VisionConfig, layer: int) -> None:
+        super().__init__()
+        self.site = Site("vision", layer, "mlp")
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = SelfAttention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+        x = x + self.attn.attend(*self.attn.split(self.norm1(x)), None)
+        term = adapter_delta(adaptation, self.site, x)
+        return add(x + self.mlp(self.norm2(x)), term)
+
+
+class VisionTower(nn.Module):
+    """Patches, positions, blocks and the final LayerNorm."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width))
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch, config.patch)
+        self.blocks = nn.ModuleList(VisionBlock(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, pixels: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+        """Hidden states [B, P, D], after the final LayerNorm, of pixels [B, 3, R, R]."""
+        patches = self.patch_embed(pixels)  # [B, D, rows, columns]
+        positions = interpolate_positions(self.pos_embed, patches.shape[-2], patches.shape[-1])
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        x = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + positions
+        for block in self.blocks:
+            x = block(x, adaptation)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Position embeddings [1, 1 + g*g, D] on another grid [1, 1 + rows*columns, D]: CLS kept, patches bicubic.
+
+    Source: the authors' `interpolate_pos_embed` (align_corners false).
+    """
+    grid = math.isqrt(positions.shape[1] - 1)
+    if (grid, grid) == (rows, columns):
+        return positions
+    cls, patches = positions[:, :1], positions[:, 1:]
+    patches = patches.transpose(1, 2).unflatten(2, (grid, grid))
+    resized = functional.interpolate(patches.float(), (rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+@dataclass
+class Memory:
+    """What a stack's cross-attention reads, projected once: keys and values [B, H, M, d] per layer, mask [B, 1, 1, M]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+    def select(self, rows: Tensor) -> "Memory":
+        """The memories of these rows, in this order."""
+        return Memory([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
+
+
+@dataclass
+class Cache:
+    """Self-attention keys and values [B, H, capacity, d] per layer, of which the first `length` are filled."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this step's keys and values behind the filled part; return all so far. `advance` ends the step."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """End a step that appended so many tokens to every layer."""
+        self.length += tokens
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order (beams that continue others)."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+
+
+class TextLayer(nn.Module):
+    """Post-norm BERT layer. With a memory it cross-attends and adds the query and cross terms; without, the text term."""
+
+    def __init__(self, config: TextConfig, stack: Stack, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sites = {role: Site(stack, layer, role) for role in ("text", "query", "cross")}
+        eps = config.norm_eps
+        self.attention = SelfAttention(config.width, config.heads)
+        self.attention_norm = nn.LayerNorm(config.width, eps=eps)
+        self.crossattention = CrossAttention(config.width, config.memory_width, config.heads)
+        self.crossattention_norm = nn.LayerNorm(config.width, eps=eps)
+        self.mlp = Mlp(config.width, config.mlp_width)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=eps)
+
+    def forward(
+        self, h: Tensor, mask: Tensor | None, adaptation: Adaptation | None, memory: Memory | None, cache: Cache | None
+    ) -> Tensor:
+        q, k, v = self.attention.split(h)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        u = self.attention_norm(self.attention.attend(q, k, v, mask) + h)
+        if memory is None:
+            return add(self._feed_forward(u), adapter_delta(adaptation, self.sites["text"], u))
+        query = adapter_delta(adaptation, self.sites["query"], u)
+        read = self.crossattention(u, memory.keys[self.layer], memory.values[self.layer], memory.mask)
+        w = self.crossattention_norm(read + u)
+        cross = adapter_delta(adaptation, self.sites["cross"], w)
+        return add(add(self._feed_forward(w), query), cross)
+
+    def _feed_forward(self, u: Tensor) -> Tensor:
+        return self.mlp_norm(self.mlp(u) + u)  # type: ignore[no-any-return]
+
+
+class TextEmbeddings(nn.Module):
+    """Words and absolute positions, then LayerNorm; no token types."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.max_positions, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """[B, L, D] of ids [B, L] whose first token stands at position `start`."""
+        positions = self.position.weight[start : start + ids.shape[1]]
+        return self.norm(self.word(ids) + positions)  # type: ignore[no-any-return]
+
+
+class TextStack(nn.Module):
+    """The text encoder, with or without cross-attention, and the body of the decoder."""
+
+    def __init__(self, config: TextConfig, stack: Stack) -> None:
+        super().__init__()
+        self.config = config
+        self.stack: Stack = stack
+        self.embeddings = TextEmbeddings(config)
+        self.layers = nn.ModuleList(TextLayer(config, stack, layer) for layer in range(config.layers))
+
+    def remember(
+        self, y: Tensor, y_mask: Tensor, adaptation: Adaptation | None, factors: Tensor | None = None
+    ) -> Memory:
+        """Project a memory y [B, M, D] with mask [B, M] (True: seen) for every layer.
+
+        `factors` [B, M] scale the keys (frame-aware attention); 1 leaves a token as it is.
+        """
+        terms = None if adaptation is None else adaptation.memory(self.stack, y)
+        pairs = [layer.crossattention.remember(y, terms, factors) for layer in self._layers()]
+        return Memory([k for k, _ in pairs], [v for _, v in pairs], y_mask[:, None, None, :])
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        adaptation: Adaptation | None = None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, D] of ids [B, L]; `mask` broadcasts to [B, 1, L, K], True where a key is seen."""
+        h = self.embeddings(ids, cache.length if cache is not None else 0)
+        for layer in self.layers:
+            h = layer(h, mask, adaptation, memory, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return h  # type: ignore[no-any-return]
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for so many rows and tokens."""
+        weight = self.embeddings.word.weight
+        shape = (rows, self.config.heads, capacity, self.config.width // self.config.heads)
+        keys = [weight.new_zeros(shape) for _ in self.layers]
+        return Cache(keys, [torch.zeros_like(k) for k in keys])
+
+    def _layers(self) -> Iterator[TextLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, TextLayer)
+            yield layer
+
+
+class Decoder(nn.Module):
+    """A causal TextStack with a word head tied to its embeddings."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.body = TextStack(config, "decoder")
+        self.transform = nn.Linear(config.width, config.width)
+        self.transform_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Word logits [..., V] of hidden states [..., D]."""
+        h = self.transform_norm(functional.gelu(self.transform(h)))
+        return functional.linear(h, self.body.embeddings.word.weight, self.bias)
+
+    def score(self, ids: Tensor, mask: Tensor, memory: Memory, adaptation: Adaptation | None) -> Tensor:
+        """Teacher forcing: logits [B, L, V] of ids [B, L] with padding mask [B, L] (True: a token)."""
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        seen = causal[None, None] & mask[:, None, None, :]
+        return self.logits(self.body(ids, seen, adaptation, memory))
+
+    def step(self, ids: Tensor, cache: Cache, memory: Memory, adaptation: Adaptation | None) -> Tensor:
+        """Next-word logits [B, V] after appending one token per row, ids [B], to the cache."""
+        h = self.body(ids[:, None], None, adaptation, memory, cache)
+        return self.logits(h[:, -1])
+
+
+class Blip(nn.Module):
+    """One frozen BLIP. A part its config does not name is None.
+
+    Part names, which are also the names of their files and digests: vision, text_encoder, decoder, vision_proj,
+    text_proj, itm_head.
+    """
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.text_encoder = TextStack(config.text_encoder, "text") if config.text_encoder else None
+        self.decoder = Decoder(config.decoder) if config.decoder else None
+        self.vision_proj = self.text_proj = self.itm_head = None
+        if config.embed_dim is not None and config.text_encoder is not None:
+            self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
+            self.text_proj = nn.Linear(config.text_encoder.width, config.embed_dim)
+            self.itm_head = nn.Linear(config.text_encoder.width, 2)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vision.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights, hence of every hidden state."""
+        return self.vision.cls_token.dtype
+
+    def head(self, name: str) -> nn.Linear:
+        """The backbone's own head of that name."""
+        head = getattr(self, name)
+        assert isinstance(head, nn.Linear), f"the caller checked that the backbone has {name}. This is a bug."
+        return head
+
+    def project(self, head: str, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """x [B, D] through the head each row uses."""
+        return self.head(head)(x) if adaptation is None else adaptation.project(head, x)
+
+    def encode_vision(self, pixels: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """Hidden states [B, P, D] of pixels [B, 3, R, R]."""
+        return self.vision(pixels.to(self.dtype), adaptation)  # type: ignore[no-any-return]
+
+    def encode_text(self, ids: Tensor, mask: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """Text-only hidden states [B, L, D] of ids [B, L], mask [B, L] (True: a token)."""
+        return self._text_encoder()(ids, mask[:, None, None, :], adaptation)  # type: ignore[no-any-return]
+
+    def encode_multimodal(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        y: Tensor,
+        y_mask: Tensor,
+        adaptation: Adaptation | None,
+        factors: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, D] of text that looks at y [B, M, D]; the first id becomes [ENC].
+
+        `factors` [B, M] scale the cross-attention's keys (frame-aware attention).
+        """
+        encoder = self._text_encoder()
+        ids = torch.cat([torch.full_like(ids[:, :1], self.config.special_ids.enc), ids[:, 1:]], dim=1)
+        memory = encoder.remember(y, y_mask, adaptation, factors)
+        return encoder(ids, mask[:, None, None, :], adaptation, memory)  # type: ignore[no-any-return]
+
+    def score_answers(
+        self,
+        states: Tensor,
+        states_mask: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        question_of_answer: Tensor,
+        adaptation: Adaptation | None,
+    ) -> Tensor:
+        """Teacher-forced logits [A, L, V] of answers ids [A, L] that read question states [Q, K, D].
+
+        `question_of_answer` [A] names each answer's question; `adaptation` has one row per question.
+        """
+        assert self.decoder is not None, "the caller checked that there is a decoder. This is a bug."
+        memory = self.decoder.body.remember(states, states_mask, adaptation).select(question_of_answer)
+        rows = None if adaptation is None else adaptation.expand(question_of_answer)
+        return self.decoder.score(ids, mask, memory, rows)
+
+    def _text_encoder(self) -> TextStack:
+        assert self.text_encoder is not None, "the caller checked that there is a text encoder. This is a bug."
+        return self.text_encoder
