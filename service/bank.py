@@ -1,0 +1,379 @@
+"""The bank: adapters on the host and in the device's slots, leased per batch.
+
+Tiers of an adapter, by weights digest:
+
+    absent -> host (folded, cast, checked) -> device (a slot of its rank bucket)
+
+`hold` keeps an adapter on the host for as long as somebody has it (a pin); the least recently used others make room.
+Slots are written by the device thread alone, between batches, in the order of its stream: no batch that read a slot can
+still be running when it is overwritten. Slot tensors are allocated once and never move. Slot 0 is `__base__`: it adds
+nothing and projects with the backbone's own heads.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adapters.config import BASE_ADAPTER, AdapterConfig
+from adapters.errors import AdapterNotFound, NonFiniteTensor, RankTooLarge
+from adapters.families import FAMILIES, family_of
+from adapters.families.base import Adaptation, BackboneDims, Family, SlotView, adapt_rows
+from adapters.package import Package
+from service.errors import NoFreeSlot
+from service.metrics import Metrics
+
+Buckets = tuple[tuple[int, int], ...]
+DEFAULT_BUCKETS: Buckets = ((64, 24), (128, 6), (512, 2))
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """An adapter on the host: folded slot tensors at its own rank, in the serving dtype, heads included."""
+
+    digest: str
+    config: AdapterConfig
+    family: Family
+    slot_rank: int
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> HostAdapter:
+    """Fold a package in float32, cast it, and check that the cast kept every number finite.
+
+    Raises: NonFiniteTensor naming a tensor that the serving dtype cannot hold.
+    """
+    family = family_of(package.config.family)
+    floats = {name: tensor.float() for name, tensor in package.tensors.items()}
+    folded = family.fold(package.config, floats, dims)
+    folded |= {name: tensor for name, tensor in floats.items() if name in dims.head_shapes()}
+    cast = {name: tensor.to(dtype).contiguous() for name, tensor in folded.items()}
+    for name, tensor in cast.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteTensor(f"{name} does not fit into {dtype} after folding")
+    return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast)
+
+
+@dataclass
+class _HostEntry:
+    adapter: HostAdapter
+    num_holders: int = 0
+
+
+@dataclass
+class _Slot:
+    """One slot: where it is, who is in it, how many batches lease it, when it was last leased."""
+
+    family: str
+    rank: int
+    index: int
+    digest: str | None = None
+    num_leases: int = 0
+    leased_at: float = 0.0
+    view: SlotView | None = None
+
+
+@dataclass
+class _Bucket:
+    """The stacked tensors [num_slots, ...] of one family and rank."""
+
+    tensors: dict[str, Tensor]
+    slots: list[_Slot] = field(default_factory=list)
+
+
+class AdapterBank:
+    """Host tier and slots of one backbone. Host methods may be called from any thread, slot methods by the device thread."""
+
+    def __init__(
+        self,
+        dims: BackboneDims | None,
+        heads: Mapping[str, Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        buckets: Buckets,
+        host_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone."""
+        self.dims = dims
+        self.device = device
+        self.dtype = dtype
+        self.buckets = buckets
+        self._heads = dict(heads)
+        self._base = SlotView(None, self._heads)
+        self._host_bytes = host_bytes
+        self._host: OrderedDict[str, _HostEntry] = OrderedDict()
+        self._host_used = 0
+        self._lock = threading.Lock()
+        self._metrics = metrics
+        self._buckets = self._allocate() if dims is not None else {}
+
+    def _allocate(self) -> dict[tuple[str, int], _Bucket]:
+        assert self.dims is not None
+        allocated: dict[tuple[str, int], _Bucket] = {}
+        for family in FAMILIES.values():
+            for rank, num_slots in self.buckets:
+                shapes = family.slot_shapes(self.dims, rank) | {n: tuple(t.shape) for n, t in self._heads.items()}
+                tensors = {
+                    name: torch.zeros((num_slots, *shape), dtype=self.dtype, device=self.device)
+                    for name, shape in shapes.items()
+                }
+                slots = [_Slot(family.name, rank, index) for index in range(num_slots)]
+                allocated[family.name, rank] = _Bucket(tensors, slots)
+        return allocated
+
+    # --- host tier ---------------------------------------------------------------------------------------
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank any slot can hold."""
+        return max((rank for rank, _ in self.buckets), default=0)
+
+    def check_rank(self, adapter_rank: int) -> None:
+        """Raises: RankTooLarge when no bucket is wide enough."""
+        if adapter_rank > self.max_rank:
+            raise RankTooLarge(f"rank {adapter_rank} is above the largest slot bucket, {self.max_rank}", param="rank")
+
+    def put(self, adapter: HostAdapter, *, hold: bool = False) -> None:
+        """Bring an adapter to the host tier, making room among those nobody holds; with `hold`, keep it until `release`."""
+        self.check_rank(adapter.slot_rank)
+        with self._lock:
+            entry = self._host.get(adapter.digest)
+            if entry is None:
+                entry = self._host[adapter.digest] = _HostEntry(adapter)
+                self._host_used += adapter.num_bytes
+                self._metrics.adapter_loads.labels("host").inc()
+            entry.num_holders += hold
+            self._host.move_to_end(adapter.digest)
+            self._make_room(keep=adapter.digest)
+            self._report()
+
+    def hold(self, digest: str) -> bool:
+        """Keep an adapter on the host until `release`; False when it is not there. `__base__` always is."""
+        if digest == BASE_ADAPTER:
+            return True
+        with self._lock:
+            entry = self._host.get(digest)
+            if entry is None:
+                return False
+            entry.num_holders += 1
+            self._host.move_to_end(digest)
+            return True
+
+    def release(self, digest: str) -> None:
+        """Undo one `hold`."""
+        if digest == BASE_ADAPTER:
+            return
+        with self._lock:
+            entry = self._host[digest]
+            assert entry.num_holders > 0, f"{digest} was released more often than held. This is a bug."
+            entry.num_holders -= 1
+            self._make_room()
+            self._report()
+
+    def _make_room(self, keep: str | None = None) -> None:
+        """Drop unheld host entries but `keep`, least recently used first, until the budget is kept. Under the lock."""
+        if self._host_used <= self._host_bytes:
+            return
+        for digest, entry in list(self._host.items()):
+            if entry.num_holders == 0 and digest != keep:
+                self._host_used -= entry.adapter.num_bytes
+                del self._host[digest]
+                self._metrics.adapter_evictions.labels("host").inc()
+                if self._host_used <= self._host_bytes:
+                    return
+
+    def adapter(self, digest: str) -> HostAdapter:
+        """The host entry of a digest. Raises: AdapterNotFound when it is not on the host."""
+        with self._lock:
+            entry = self._host.get(digest)
+        if entry is None:
+            raise AdapterNotFound(f"{digest} is not on the host")
+        return entry.adapter
+
+    # --- slots -------------------------------------------------------------------------------------------
+
+    def try_lease(self, digest: str) -> "SlotLease | None":
+        """A lease on the adapter's slot, filling one if need be; None when every fitting slot is leased.
+
+        Raises: AdapterNotFound when it is not on the host either.
+        """
+        if digest == BASE_ADAPTER:
+            return SlotLease(None, self._base)
+        slot, tier = self._slot_of(digest), "device"
+        if slot is None:
+            adapter, tier = self.adapter(digest), "host"
+            slot = self._free_slot(adapter)
+            if slot is None:
+                return None
+            self._fill(slot, adapter)
+        self._metrics.adapter_hits.labels(tier).inc()
+        slot.num_leases += 1
+        slot.leased_at = time.monotonic()
+        assert slot.view is not None
+        return SlotLease(slot, slot.view)
+
+    def lease(self, digest: str) -> "SlotLease":
+        """Like `try_lease`. Raises: NoFreeSlot instead of giving None."""
+        lease = self.try_lease(digest)
+        if lease is None:
+            raise NoFreeSlot(f"every slot that could hold {digest} is leased")
+        return lease
+
+    def _slots(self) -> Iterator[_Slot]:
+        for bucket in self._buckets.values():
+            yield from bucket.slots
+
+    def _slot_of(self, digest: str) -> _Slot | None:
+        return next((slot for slot in self._slots() if slot.digest == digest), None)
+
+    def _free_slot(self, adapter: HostAdapter) -> _Slot | None:
+        """An empty slot of the narrowest fitting bucket, of a wider one, or the least recently leased of all those."""
+        fitting = [s for s in self._slots() if s.family == adapter.family.name and s.rank >= adapter.slot_rank]
+        if not fitting:
+            raise RankTooLarge(
+                f"rank {adapter.slot_rank} is above the largest slot bucket, {self.max_rank}", param="rank"
+            )
+        empty = [slot for slot in fitting if slot.digest is None]
+        if empty:
+            return min(empty, key=lambda slot: slot.rank)
+        idle = [slot for slot in fitting if slot.num_leases == 0]
+        return min(idle, key=lambda slot: slot.leased_at, default=None)
+
+    def _fill(self, slot: _Slot, adapter: HostAdapter) -> None:
+        start = time.perf_counter()
+        if slot.digest is not None:
+            self._empty(slot)
+        bucket = self._buckets[slot.family, slot.rank]
+        views: dict[str, Tensor] = {}
+        for name, tensor in {**self._heads, **adapter.tensors}.items():
+            if name not in bucket.tensors:  # a head that this backbone does not have, so nothing will project with it
+                continue
+            place = bucket.tensors[name][slot.index]
+            view = place[tuple(slice(0, size) for size in tensor.shape)]  # the adapter's own rank
+            view.copy_(tensor, non_blocking=True)
+            views[name] = view
+        slot.view = SlotView(adapter.family, views)
+        slot.digest = adapter.digest
+        self._metrics.adapter_loads.labels("device").inc()
+        self._metrics.adapter_load_seconds.labels("device").observe(time.perf_counter() - start)
+        self._report_slots()
+
+    def _empty(self, slot: _Slot) -> None:
+        assert slot.num_leases == 0, "a leased slot was emptied. This is a bug."
+        slot.digest, slot.view = None, None
+        self._metrics.adapter_evictions.labels("device").inc()
+
+    # --- what is where -----------------------------------------------------------------------------------
+
+    def residency(self) -> dict[str, dict[str, int]]:
+        """Bytes held by tier and digest."""
+        with self._lock:
+            host = {digest: entry.adapter.num_bytes for digest, entry in self._host.items()}
+        slots = [
+            (slot.digest, self._slot_bytes(slot)) for slot in self._slots()
+        ]  # the device thread may go on meanwhile
+        device = {digest: num_bytes for digest, num_bytes in slots if digest is not None}
+        return {"device": device, "host": host}
+
+    def _slot_bytes(self, slot: _Slot) -> int:
+        tensors = self._buckets[slot.family, slot.rank].tensors.values()
+        return sum(t[0].numel() * t.element_size() for t in tensors)
+
+    def _report(self) -> None:
+        self._metrics.resident_adapters.labels("host").set(len(self._host))
+        self._metrics.resident_bytes.labels("host").set(self._host_used)
+
+    def _report_slots(self) -> None:
+        filled = [slot for slot in self._slots() if slot.digest is not None]
+        self._metrics.resident_adapters.labels("device").set(len(filled))
+        self._metrics.resident_bytes.labels("device").set(sum(self._slot_bytes(slot) for slot in filled))
+
+
+class SlotLease:
+    """A slot that stays as it is until `release`, which must come exactly once."""
+
+    def __init__(self, slot: _Slot | None, view: SlotView) -> None:
+        self._slot = slot
+        self._is_open = True
+        self.view = view
+
+    def release(self) -> None:
+        """Give the slot back."""
+        assert self._is_open, "a slot lease was released twice. This is a bug."
+        self._is_open = False
+        if self._slot is not None:
+            self._slot.num_leases -= 1
+
+
+class BatchLeases:
+    """The leases of one batch: one per distinct adapter, all released together."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        self._bank = bank
+        self._leases: dict[str, SlotLease] = {}
+
+    def add(self, digest: str) -> bool:
+        """Lease an adapter unless the batch has it already; False when no slot is free for it."""
+        if digest in self._leases:
+            return True
+        lease = self._bank.try_lease(digest)
+        if lease is not None:
+            self._leases[digest] = lease
+        return lease is not None
+
+    @property
+    def num_adapters(self) -> int:
+        """Distinct adapters leased, `__base__` included."""
+        return len(self._leases)
+
+    def adaptation(self, digest_of_row: Sequence[str]) -> Adaptation | None:
+        """The adaptation of rows with these adapters; None when all are the plain backbone."""
+        if set(digest_of_row) == {BASE_ADAPTER}:
+            return None
+        order = {digest: index for index, digest in enumerate(self._leases)}
+        views = [lease.view for lease in self._leases.values()]
+        return adapt_rows(views, [order[digest] for digest in digest_of_row], self._bank.device)
+
+    def release(self) -> None:
+        """Release every lease."""
+        leases, self._leases = self._leases, {}
+        for lease in leases.values():
+            lease.release()
+
+
+@contextmanager
+def batch_leases(bank: AdapterBank) -> Iterator[BatchLeases]:
+    """Leases that end with the block, whatever happens in it."""
+    leases = BatchLeases(bank)
+    try:
+        yield leases
+    finally:
+        leases.release()
+
+
+def default_buckets(dims: BackboneDims, dtype: torch.dtype, free_bytes: int, fraction: float = 0.15) -> Buckets:
+    """The default buckets, scaled down together until they fit into a fraction of the free memory (at least 1 each)."""
+    size = torch.empty((), dtype=dtype).element_size()
+
+    def total(buckets: Buckets) -> int:
+        return sum(
+            num_slots * size * sum(torch.Size(shape).numel() for shape in family.slot_shapes(dims, rank).values())
+            for family in FAMILIES.values()
+            for rank, num_slots in buckets
+        )
+
+    scale = min(1.0, fraction * free_bytes / max(1, total(DEFAULT_BUCKETS)))
+    return tuple((rank, max(1, int(num_slots * scale))) for rank, num_slots in DEFAULT_BUCKETS)

@@ -1,0 +1,5 @@
+"""The device thread and the stages it runs."""
+
+from service.engine.engine import Engine
+
+__all__ = ["Engine"]

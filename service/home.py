@@ -1,0 +1,70 @@
+"""What the command line does to a home folder without a server: register packages, build galleries."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from adapters.artifacts import LocalArtifactStore
+from adapters.errors import Conflict, RankTooLarge
+from adapters.families import family_of
+from adapters.package import check_backbone, read_package
+from adapters.registry.base import DEFAULT_ALIAS, GalleryRecord, PackageInfo, VersionRecord
+from adapters.registry.sqlite import SqliteRegistry
+from service.backbone.base import load_manifest
+from service.bank import DEFAULT_BUCKETS
+from service.config import Settings
+from service.gallery.store import Source
+from service.pipelines.galleries import BuildOptions, BuildProgress
+from service.runtime import HomeFolders, Runtime
+from service.types import RequestContext
+
+BUILD_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+def open_registry(settings: Settings) -> SqliteRegistry:
+    """The home's registry, made if there is none."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    return SqliteRegistry(HomeFolders(settings.home).registry)
+
+
+def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
+    """Check a package (against the home's backbone where there is one), store it, register it, alias it if first.
+
+    Raises: InvalidPackage and its kinds, BackboneMismatch, RankTooLarge, InvalidReference.
+    """
+    package = read_package(folder)
+    rank = family_of(package.config.family).slot_rank(package.config)
+    widest = max(rank for rank, _ in settings.slot_buckets() or DEFAULT_BUCKETS)
+    if rank > widest:
+        raise RankTooLarge(f"rank {rank} is above the largest slot bucket, {widest}", param="rank")
+    if (settings.backbone_folder / "backbone.json").is_file():
+        check_backbone(package.config, load_manifest(settings.backbone_folder).parts)
+    registry = open_registry(settings)
+    try:
+        LocalArtifactStore(HomeFolders(settings.home).artifacts).put(folder)
+        record = registry.add_version(name, PackageInfo.of(package), actor="cli")
+        if DEFAULT_ALIAS not in registry.snapshot().aliases_of(name):
+            with suppress(Conflict):  # somebody else was first, which is as good
+                registry.set_alias(name, DEFAULT_ALIAS, record.version, expect=None, actor="cli")
+        return record
+    finally:
+        registry.close()
+
+
+async def build_gallery(
+    settings: Settings,
+    name: str,
+    adapter: str,
+    sources: list[Source],
+    options: BuildOptions,
+    report: Callable[[BuildProgress], None] | None = None,
+) -> GalleryRecord:
+    """Build a gallery with an engine of this process's own."""
+    runtime = Runtime(settings)
+    try:
+        await runtime.start()
+        context = RequestContext(deadline=time.monotonic() + BUILD_TIMEOUT_S, client="cli", background=True)
+        return await runtime.galleries.build(name, adapter, sources, options, context, report)
+    finally:
+        await runtime.close()

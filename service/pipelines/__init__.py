@@ -1,0 +1,1 @@
+"""What a request is made of: one module per kind of request, over the stages the engine runs."""

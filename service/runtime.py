@@ -1,0 +1,218 @@
+"""The service without HTTP: every part built once from the settings, tied together, started, drained, closed."""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.artifacts import LocalArtifactStore
+from adapters.errors import MissingPart
+from adapters.registry.base import VersionRecord
+from adapters.registry.sqlite import SqliteRegistry
+from service.admission import Admission
+from service.backbone.base import Backbone, load_backbone
+from service.bank import AdapterBank, Buckets, default_buckets
+from service.config import MIB, Settings
+from service.engine import Engine
+from service.gallery.store import GalleryStore
+from service.loader import Loader
+from service.media import MediaLimits, MediaWorkers
+from service.metrics import Metrics
+from service.pipelines.galleries import Galleries
+from service.pipelines.retrieve import RetrievePipeline
+from service.pipelines.stages import StageRunner
+from service.pipelines.vqa import VqaPipeline
+from service.scheduler import BatchLimits, Scheduler
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+EXIT_DEVICE_LOST = 75
+
+
+@dataclass(frozen=True)
+class HomeFolders:
+    """Where a home keeps what."""
+
+    root: Path
+
+    @property
+    def registry(self) -> Path:
+        """The SQLite file."""
+        return self.root / "registry.sqlite"
+
+    @property
+    def artifacts(self) -> Path:
+        """Packages by digest."""
+        return self.root / "artifacts"
+
+    @property
+    def galleries(self) -> Path:
+        """Galleries by name."""
+        return self.root / "galleries"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def exit_process(error: BaseException) -> None:
+    """End the process: a lost device cannot be mended from inside, and a supervisor starts a fresh one."""
+    log.critical("the device is lost, the process ends: %s", error)
+    logging.shutdown()
+    os._exit(EXIT_DEVICE_LOST)
+
+
+class Runtime:
+    """One backbone, one device, one engine, and everything around them."""
+
+    def __init__(self, settings: Settings, *, on_fatal: Callable[[BaseException], None] = exit_process) -> None:
+        """Load the backbone and build the parts. Blocks for as long as the weights take to load."""
+        self.settings = settings
+        self.metrics = Metrics()
+        folders = HomeFolders(settings.home)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        device = pick_device(settings.device)
+        self.backbone = load_backbone(settings.backbone_folder, device=str(device), dtype=settings.dtype)
+        self.metrics.backbone_loads.inc()
+        self.registry = SqliteRegistry(folders.registry)
+        self.artifacts = LocalArtifactStore(folders.artifacts)
+        self.bank = _make_bank(self.backbone, settings, self.metrics)
+        self.admission = Admission(
+            max_queue_seconds=settings.max_queue_seconds,
+            max_bytes=settings.admission_mib * MIB,
+            metrics=self.metrics,
+        )
+        self.engine = Engine(
+            self.backbone,
+            self.bank,
+            Scheduler(BatchLimits(settings.max_batch_rows, settings.max_batch_tokens)),
+            self.metrics,
+            measured=self.admission.measured,
+            on_fatal=on_fatal,
+            num_threads=settings.threads,
+        )
+        self.media = MediaWorkers(settings.media_workers, _media_limits(settings))
+        self.loader = Loader(self.registry, self.artifacts, self.backbone, self.bank, self.metrics)
+        self.stages = StageRunner(
+            self.engine,
+            self.backbone,
+            self.media,
+            self.metrics,
+            feature_cache_bytes=settings.feature_cache_mib * MIB,
+        )
+        self.galleries = Galleries(GalleryStore(folders.galleries), self.registry, self.loader, self.stages)
+        self.vqa = VqaPipeline(
+            self.stages, self.loader, self.galleries, self.admission, max_candidates=settings.max_candidates
+        )
+        self.retrieve = RetrievePipeline(
+            self.stages,
+            self.loader,
+            self.galleries,
+            self.admission,
+            self.metrics,
+            max_k=settings.max_k,
+            max_rerank_depth=settings.max_rerank_depth,
+        )
+        self._is_started = False
+        self._is_draining = False
+
+    async def start(self) -> None:
+        """Start the device thread, the media workers and the registry's watcher. What cannot start leaves nothing behind."""
+        try:
+            self.engine.start()
+            await asyncio.to_thread(self.media.start)
+            self.loader.start()
+        except BaseException:
+            await self.close()
+            raise
+        self._is_started = True
+
+    async def drain(self, timeout_s: float = 30.0) -> None:
+        """Refuse new requests and wait until those that were accepted have finished."""
+        self._is_draining = True
+        self.admission.close()
+        end = time.monotonic() + timeout_s
+        while self.admission.num_permits and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)  # permits end on many paths; a poll misses none
+
+    async def close(self) -> None:
+        """Stop everything, started or not. May be called twice."""
+        self._is_draining = True
+        async with AsyncExitStack() as stack:  # each whatever becomes of the others, the last one named first
+            stack.callback(self.registry.close)
+            stack.push_async_callback(asyncio.to_thread, self.media.close)
+            stack.push_async_callback(asyncio.to_thread, self.engine.stop)
+            stack.push_async_callback(self.loader.close)
+
+    def adapters(self) -> dict[str, tuple[VersionRecord, ...]]:
+        """Registered adapters and their versions, by name."""
+        return dict(self.loader.snapshot.adapters)
+
+    def status(self) -> dict[str, object]:
+        """What health checks and status pages say. `ready` is whether requests should be sent here."""
+        reasons = []
+        if not self._is_started:
+            reasons.append("starting")
+        if self._is_draining:
+            reasons.append("draining")
+        if self._is_started and not self.engine.is_alive:
+            reasons.append("the device thread is dead")
+        last = self.engine.last_forward_at
+        return {
+            "ready": not reasons,
+            "reasons": reasons,
+            "last_forward_age_s": None if last is None else round(time.monotonic() - last, 3),
+            "registry_generation": self.loader.snapshot.generation,
+            "registry_error": self.loader.registry_error,
+            "backbone": {"digest": self.backbone.digest, "parts": dict(self.backbone.parts)},
+            "device": str(self.backbone.device),
+            "resident": self.bank.residency(),
+            "threads": threading.active_count(),
+        }
+
+
+def _make_bank(backbone: Backbone, settings: Settings, metrics: Metrics) -> AdapterBank:
+    try:
+        dims = backbone.dims()
+    except MissingPart as reason:
+        log.warning("%s", reason.message)
+        dims = None
+    buckets: Buckets = ()
+    if dims is not None:
+        buckets = settings.slot_buckets() or default_buckets(dims, backbone.dtype, _free_bytes(backbone.device))
+    return AdapterBank(
+        dims,
+        backbone.head_tensors(),
+        device=backbone.device,
+        dtype=backbone.dtype,
+        buckets=buckets,
+        host_bytes=settings.host_cache_mib * MIB,
+        metrics=metrics,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of a device; of the host for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _media_limits(settings: Settings) -> MediaLimits:
+    return MediaLimits(
+        max_bytes=settings.max_request_mib * MIB,
+        max_pixels=settings.max_pixels,
+        max_duration_s=settings.max_duration_s,
+        timeout_s=settings.decode_timeout_s,
+    )
