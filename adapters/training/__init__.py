@@ -1,0 +1,1 @@
+"""Fine-tune one adapter on a frozen backbone that the caller provides."""

@@ -1,0 +1,1 @@
+"""The demo's drawn world: pictures, clips, captions and questions made from seeds, no download needed."""

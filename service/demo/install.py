@@ -1,0 +1,120 @@
+"""Put the shipped demo into a home folder: backbone, adapters, and galleries of freshly drawn clips and captions."""
+
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TextIO
+
+from adapters.registry.base import DEFAULT_ALIAS
+from service.backbone.base import load_manifest
+from service.config import Settings
+from service.demo.recipes import ASSETS, RECIPES
+from service.demo.samples import ITEMS_FILE, write_samples
+from service.gallery.store import read_sources
+from service.home import open_registry, push_package
+from service.pipelines.galleries import BuildOptions
+from service.runtime import Runtime
+from service.types import RequestContext
+
+CLIPS_TASK, PICTURE_TASK = "demo-video-retrieval", "demo-image-vqa"
+CLIPS_GALLERY, CAPTIONS_GALLERY = "demo-clips", "demo-captions"
+NUM_CLIPS, NUM_PICTURES, SEED = 240, 8, 7
+BUILD_TIMEOUT_S = 3600.0
+
+
+async def install(settings: Settings, out: TextIO) -> None:
+    """Install or update the demo in `settings.home`; what is there already is left as it is."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    _install_backbone(settings)
+    for task in RECIPES:
+        _install_adapter(settings, task)
+    _draw(settings, out)
+    await _build_galleries(settings, out)
+
+
+def _install_backbone(settings: Settings) -> None:
+    source, target = ASSETS / "backbone", settings.backbone_folder
+    if (target / "backbone.json").exists() and load_manifest(target).parts == load_manifest(source).parts:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def _install_adapter(settings: Settings, task: str) -> None:
+    """Push the shipped package; the same bytes give the same version, and `prod` follows new ones."""
+    record = push_package(settings, ASSETS / "adapters" / task, task)
+    registry = open_registry(settings)
+    try:
+        registry.set_alias(task, DEFAULT_ALIAS, record.version, actor="demo")
+    finally:
+        registry.close()
+
+
+def media_folder(settings: Settings, task: str) -> Path:
+    """Where the demo's drawn media of a task are."""
+    return settings.home / "media" / task
+
+
+def _draw(settings: Settings, out: TextIO) -> None:
+    for task, num_items in ((CLIPS_TASK, NUM_CLIPS), (PICTURE_TASK, NUM_PICTURES)):
+        folder = media_folder(settings, task)
+        if not (folder / ITEMS_FILE).exists():
+            print(f"drawing {num_items} items of {task} ...", file=out, flush=True)
+            write_samples(task, SEED, num_items, folder)
+
+
+async def _build_galleries(settings: Settings, out: TextIO) -> None:
+    """Build what is missing, or was embedded with another version of the adapter."""
+    registry = open_registry(settings)
+    try:
+        snapshot = registry.snapshot()
+    finally:
+        registry.close()
+    wanted = next(
+        r for r in snapshot.adapters[CLIPS_TASK] if r.version == snapshot.aliases_of(CLIPS_TASK)[DEFAULT_ALIAS]
+    )
+    made_with = {r.name: r.adapter for records in snapshot.gallery_versions.values() for r in records if r.live}
+    missing = [n for n in (CLIPS_GALLERY, CAPTIONS_GALLERY) if made_with.get(n) != wanted.weights_digest]
+    if not missing:
+        return
+    manifests = _write_manifests(media_folder(settings, CLIPS_TASK))
+    runtime = Runtime(settings)
+    await runtime.start()
+    try:
+        for name in missing:
+            sources = read_sources(manifests[name])
+            print(f"embedding gallery {name}: {len(sources)} items ...", file=out, flush=True)
+            context = RequestContext(deadline=time.monotonic() + BUILD_TIMEOUT_S, client="demo")
+            await runtime.galleries.build(name, CLIPS_TASK, sources, BuildOptions(sources[0].kind), context)
+    finally:
+        await runtime.close()
+
+
+def _write_manifests(folder: Path) -> dict[str, Path]:
+    """The galleries' manifests beside the clips: the clips with their captions, and the captions alone."""
+    items = [json.loads(line) for line in (folder / ITEMS_FILE).read_text().splitlines()]
+    clips = [{"id": i["file"], "file": i["file"], "caption": i["caption"]} for i in items]
+    captions = [{"id": f"caption-of-{i['file']}", "text": i["caption"], "metadata": {"clip": i["file"]}} for i in items]
+    paths = {CLIPS_GALLERY: folder / "clips.jsonl", CAPTIONS_GALLERY: folder / "captions.jsonl"}
+    for path, lines in ((paths[CLIPS_GALLERY], clips), (paths[CAPTIONS_GALLERY], captions)):
+        text = io.StringIO()
+        for line in lines:
+            text.write(json.dumps(line) + "\n")
+        path.write_text(text.getvalue())
+    return paths
+
+
+def curl_lines(url: str, settings: Settings) -> list[str]:
+    """Two commands that work as printed: a question about a picture, and a search of clips."""
+    pictures = media_folder(settings, PICTURE_TASK)
+    asked = json.loads((pictures / ITEMS_FILE).read_text().splitlines()[0])
+    told = json.loads((media_folder(settings, CLIPS_TASK) / ITEMS_FILE).read_text().splitlines()[0])
+    question = json.dumps({"adapter": PICTURE_TASK, "question": asked["question"], "decode": {"mode": "rank"}})
+    search = json.dumps({"gallery": CLIPS_GALLERY, "query": {"text": told["caption"]}, "k": 3, "rerank": "match"})
+    return [
+        f"curl -s {url}/vqa -F 'request={question}' -F 'image=@{pictures / asked['file']}'"
+        f"    # right answer: {asked['answer']}",
+        f"curl -s {url}/retrieve -H 'content-type: application/json' -d '{search}'    # right clip: {told['file']}",
+    ]

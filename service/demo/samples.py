@@ -1,0 +1,46 @@
+"""Items of the drawn world as files: PNG pictures, MP4 clips and items.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.demo.clips import write_clip, write_picture
+from service.demo.world import WORLDS, Item, evaluation_set
+from service.errors import BadQuery
+
+ITEMS_FILE = "items.jsonl"
+
+
+def write_samples(task: str, seed: int, num_items: int, out: Path) -> Path:
+    """Write an evaluation set of a world; returns the path of items.jsonl.
+
+    Each line is {"file", "caption"} for what is retrieved and {"file", "question", "answer"} for what is asked.
+    Raises: BadQuery for a world nobody drew.
+    """
+    if task not in WORLDS:
+        raise BadQuery(f"no demo task {task!r}; there are {', '.join(WORLDS)}", param="task")
+    out.mkdir(parents=True, exist_ok=True)
+    items = evaluation_set(task, seed, num_items)
+    lines = []
+    for file, item in zip(write_media(items, out), items, strict=True):
+        if WORLDS[task].goal == "retrieval":
+            lines.append({"file": file.name, "caption": item.caption})
+        else:
+            lines.append(
+                {"file": file.name, "question": item.questions[0].question, "answer": item.questions[0].answer}
+            )
+    path = out / ITEMS_FILE
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_media(items: Sequence[Item], out: Path) -> list[Path]:
+    """One file per item, in order: 0000.png or 0000.mp4 and so on."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, item in enumerate(items):
+        is_clip = item.media.ndim == 4
+        path = out / f"{index:04d}.{'mp4' if is_clip else 'png'}"
+        (write_clip if is_clip else write_picture)(item.media, path)
+        paths.append(path)
+    return paths
