@@ -1,0 +1,1 @@
+"""Load against a running server, and benchmarks beside it. Nothing here is part of the service."""

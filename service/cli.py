@@ -1,0 +1,314 @@
+"""The command line: serve, import, push, galleries, the demo. Settings come from BANK_* variables and flags."""
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters.errors import AdapterBankError
+from service.config import Settings
+
+app = typer.Typer(
+    help="Serve many adapters from one frozen vision-language backbone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+import_app = typer.Typer(help="Turn other people's weights into ours.", no_args_is_help=True)
+gallery_app = typer.Typer(help="Build and list searchable collections.", no_args_is_help=True)
+demo_app = typer.Typer(help="Sample and evaluate the drawn demo world.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+app.add_typer(gallery_app, name="gallery")
+app.add_typer(demo_app, name="demo")
+
+Home = Annotated[Path | None, typer.Option("--home", help="State folder; default BANK_HOME.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def main() -> None:
+    """Run a command; a domain error becomes one line and exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except AdapterBankError as error:
+        param = f" [{error.param}]" if error.param else ""
+        print(f"error: {error.message}{param}", file=sys.stderr)
+        sys.exit(1)
+
+
+# --- serve -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the trained demo from HOME/demo.")] = False,
+    home: Home = None,
+    backbone: Annotated[Path | None, typer.Option(help="Backbone folder; default HOME/backbone.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind; default 8000.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    slots: Annotated[str | None, typer.Option(help='Adapter slots by rank, e.g. "64:24,128:6,512:2".')] = None,
+    allow_public: Annotated[bool | None, typer.Option(help="Bind to a public address without keys.")] = None,
+    workers: Annotated[int, typer.Option(help="Always 1: see the error for more.")] = 1,
+) -> None:
+    """Run the HTTP service."""
+    from service.http.server import run
+
+    if workers != 1:
+        raise AdapterBankError(
+            "one process holds one device and one copy of the backbone; run further replicas on other ports or devices "
+            "instead of --workers",
+            param="workers",
+        )
+    settings = Settings.load(
+        home=home,
+        backbone=backbone,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        slots=slots,
+        allow_public=allow_public,
+    )
+    if demo:
+        from service.demo.install import install
+
+        settings = settings.model_copy(update={"home": settings.home / "demo"})
+        asyncio.run(install(settings, sys.stdout))
+    run(settings, announce=_announce_demo if demo else _announce)
+
+
+def _announce(url: str, settings: Settings) -> None:
+    print(f"adapter-bank on {url}  (console: {url}/ , API: {url}/docs), home {settings.home}", flush=True)
+
+
+def _announce_demo(url: str, settings: Settings) -> None:
+    from service.demo.install import curl_lines
+
+    print(f"\nadapter-bank demo on {url}  (console: {url}/ , API: {url}/docs)\n")
+    print("Ask about a picture, and search clips with a sentence:\n")
+    for line in curl_lines(url, settings):
+        print(f"  {line}\n")
+    sys.stdout.flush()
+
+
+# --- import ------------------------------------------------------------------------------------------------
+
+
+@import_app.command("backbone")
+def import_backbone(
+    sources: Annotated[
+        list[str], typer.Argument(help="Hugging Face folder or hub id, or an authors' .pth; several are merged.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads; cannot be read from a .pth.")] = None,
+    special_ids: Annotated[
+        str | None, typer.Option(help='JSON: {"pad": 0, "cls": 101, "sep": 102, "bos": 30522, "enc": 30523}')
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id.")] = None,
+) -> None:
+    """Write a backbone folder from published BLIP weights."""
+    from pydantic import ValidationError
+
+    from adapters.config import describe
+    from adapters.errors import ConversionError
+    from service.backbone.base import load_tokenizer, write_backbone
+    from service.backbone.config import SpecialIds
+    from service.backbone.convert import assemble, merge, read_source
+
+    ids = None
+    if special_ids is not None:
+        try:
+            ids = SpecialIds.model_validate_json(special_ids)
+        except ValidationError as error:
+            raise ConversionError(describe(error), param="special_ids") from error
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    merged = merge([read_source(source) for source in sources])
+    model, used = assemble(merged, num_heads=num_heads, special_ids=ids, tokenizer=loaded)
+    manifest = write_backbone(out, model, used, {"sources": [merged.origin]})
+    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    for part, digest in manifest.parts.items():
+        print(f"  {part:14s} {digest}")
+    if used is None:
+        print("  no tokenizer: this backbone takes token ids only (give --tokenizer)")
+    if manifest.config.uneven_towers:
+        print(f"  serves __base__ only: {manifest.config.uneven_towers}")
+
+
+@import_app.command("uniadapter")
+def import_uniadapter_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the UniAdapter trainers.")],
+    backbone: Annotated[Path, typer.Option(help="Backbone folder it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Package folder to write.")],
+    answers: Annotated[Path | None, typer.Option(help="JSON list of candidate answers (VQA).")] = None,
+) -> None:
+    """Write an adapter package from an authors' checkpoint."""
+    from adapters.errors import ConversionError
+    from adapters.importers.uniadapter import import_uniadapter, read_checkpoint
+    from adapters.package import write_package
+    from service.backbone.base import load_backbone
+    from service.backbone.convert import check_same_backbone
+
+    loaded = load_backbone(backbone)
+    words: tuple[str, ...] = ()
+    if answers is not None:
+        listed = json.loads(answers.read_text())
+        if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
+            raise ConversionError(f"{answers} is no JSON list of strings", param="answers")
+        words = tuple(listed)
+    imported = import_uniadapter(
+        read_checkpoint(checkpoint),
+        dims=loaded.dims(),
+        parts=loaded.parts,
+        check_backbone=lambda state: check_same_backbone(state, loaded),
+        answers=words,
+        provenance={"checkpoint": checkpoint.name},
+    )
+    readme = f"# {checkpoint.stem}\n\nImported from a UniAdapter checkpoint for {imported.config.task}.\n"
+    package = write_package(out, imported.config, imported.tensors, readme, None)
+    print(f"wrote {out}: {imported.config.task}, rank {imported.config.rank}, {package.weights_digest}")
+
+
+# --- adapters ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def push(
+    package: Annotated[Path, typer.Argument(help="Package folder.")],
+    name: Annotated[str, typer.Option(help="Name to register it under.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store a package, register the next version, point `prod` at it if nothing else is there."""
+    from service.home import push_package
+
+    record = push_package(Settings.load(home=home), package, name)
+    if as_json:
+        print(json.dumps({"name": record.name, "version": record.version, "digest": record.weights_digest}))
+    else:
+        print(f"{record.name}@{record.version} {record.weights_digest}")
+
+
+@app.command("adapters")
+def list_adapters(home: Home = None, as_json: AsJson = False) -> None:
+    """List registered adapters."""
+    from service.home import open_registry
+
+    snapshot = open_registry(Settings.load(home=home)).snapshot()
+    rows = [
+        {
+            "name": name,
+            "version": record.version,
+            "task": record.task,
+            "rank": record.rank,
+            "status": record.status,
+            "aliases": [alias for alias, version in snapshot.aliases_of(name).items() if version == record.version],
+            "digest": record.weights_digest,
+        }
+        for name, records in snapshot.adapters.items()
+        for record in records
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print("{name}@{version}  {task}  rank {rank}  {status}  {aliases}  {digest}".format(**row))
+
+
+# --- galleries ---------------------------------------------------------------------------------------------
+
+
+@gallery_app.command("build")
+def gallery_build(
+    name: Annotated[str, typer.Argument(help="Gallery name.")],
+    adapter: Annotated[str, typer.Option(help="Adapter reference that embeds it.")],
+    source: Annotated[Path, typer.Option("--from", help="Folder of media, or a MANIFEST.jsonl.")],
+    pooling: Annotated[str, typer.Option(help="mean, or frame_attention.")] = "mean",
+    index: Annotated[str, typer.Option(help="flat, or hnsw.")] = "flat",
+    copy_media: Annotated[bool, typer.Option(help="Keep copies of the media in the gallery.")] = False,
+    home: Home = None,
+    backbone: Annotated[Path | None, typer.Option(help="Backbone folder; default HOME/backbone.")] = None,
+) -> None:
+    """Embed a collection and make it live; a running server picks it up. Goes on where an earlier attempt stopped."""
+    from tqdm import tqdm
+
+    from service.gallery.store import read_sources
+    from service.home import build_gallery
+    from service.pipelines.galleries import BuildOptions, BuildProgress
+
+    sources = read_sources(source)
+    if not sources:
+        raise AdapterBankError(f"{source} holds no pictures, clips or texts", param="from")
+    options = BuildOptions.checked(kind=sources[0].kind, pooling=pooling, index=index, copy_media=copy_media)
+    with tqdm(total=len(sources), unit="item", disable=None) as bar:
+
+        def report(progress: BuildProgress) -> None:
+            bar.n = progress.done
+            bar.set_postfix(quarantined=progress.quarantined, refresh=False)
+            bar.update(0)
+
+        settings = Settings.load(home=home, backbone=backbone)
+        record = asyncio.run(build_gallery(settings, name, adapter, sources, options, report))
+    print(f"{record.name} version {record.version} is live: {record.embedding_key}")
+
+
+@gallery_app.command("list")
+def gallery_list(home: Home = None, as_json: AsJson = False) -> None:
+    """List galleries and their versions."""
+    from service.home import open_registry
+
+    snapshot = open_registry(Settings.load(home=home)).snapshot()
+    rows = [
+        {
+            "name": r.name,
+            "version": r.version,
+            "live": r.live,
+            "adapter": r.adapter_name or r.adapter,
+            "status": r.status,
+        }
+        for records in snapshot.gallery_versions.values()
+        for r in records
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print("{name} v{version}  {status}  {adapter}".format(**row) + ("  live" if row["live"] else ""))
+
+
+# --- demo --------------------------------------------------------------------------------------------------
+
+
+@demo_app.command("sample")
+def demo_sample(
+    task: Annotated[str, typer.Option(help="A demo task, or `plain`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="How many items.")] = 10,
+) -> None:
+    """Write media and items.jsonl of scenes nothing was trained on."""
+    from service.demo.samples import write_samples
+
+    print(f"wrote {write_samples(task, seed, n, out)}")
+
+
+@demo_app.command("eval")
+def demo_eval(
+    seed: Annotated[int, typer.Option(help="Seed of the evaluation sets.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="Items of each task.")] = 500,
+    task: Annotated[list[str] | None, typer.Option(help="Only these tasks.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the shipped demo: every adapter against the frozen backbone, with controls."""
+    from service.demo.evaluate import evaluate, table
+
+    results = evaluate(seed, n, tasks=task)
+    print(json.dumps(results) if as_json else table(results))
+
+
+if __name__ == "__main__":
+    main()

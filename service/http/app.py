@@ -1,0 +1,88 @@
+"""Ties the parts together: `create_app(settings)` is the whole service as one ASGI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from service.config import MIB, Settings
+from service.http.errors import error_response
+from service.http.exchange import Exchange
+from service.http.limits import BodyLimit, LoopbackOnly
+from service.http.middleware import Attended, Exchanges
+from service.http.openapi import describe
+from service.http.routes import adapters, galleries, ops, retrieve, vqa
+from service.http.routes.ops import CONSOLE_FOLDER
+from service.metrics import Metrics
+from service.runtime import Runtime
+
+DESCRIPTION = """Many task adapters over one frozen vision-language backbone.
+
+`/vqa` and `/retrieve` are `/v1/vqa` and `/v1/retrieve`. Every request may carry `X-Request-Id` and `X-Request-Timeout-Ms`; every reply
+says in `Server-Timing` and `X-Stage-...-Ms` where its time went, and in `X-Adapter` which adapter answered. Every error has the body
+`{"error": {"code", "message", "param", "request_id"}}`."""
+
+TAGS = [
+    {"name": "ask", "description": "Questions and searches."},
+    {"name": "adapters", "description": "What is registered."},
+    {"name": "galleries", "description": "What can be searched."},
+    {"name": "operation", "description": "Health and metrics."},
+]
+
+
+def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
+    """The service over HTTP. Without a `runtime` it makes its own, and starts, drains and closes it; a given one is the caller's."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if runtime is not None:
+            yield
+            return
+        own = app.state.runtime = Runtime(settings)
+        try:
+            await own.start()
+            yield
+            await own.drain()
+        finally:
+            await own.close()
+
+    def metrics() -> Metrics:
+        serving: Runtime = app.state.runtime
+        return serving.metrics
+
+    app = FastAPI(
+        title="adapter-bank",
+        version=version("adapter-bank"),
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers={RequestValidationError: answer_error, HTTPException: answer_error},
+        middleware=[
+            Middleware(Exchanges, settings=settings, metrics=metrics),
+            *([] if settings.allow_public else [Middleware(LoopbackOnly)]),
+            Middleware(BodyLimit, max_bytes=settings.max_request_mib * MIB),
+            Middleware(Attended),
+        ],
+    )
+    app.state.runtime = runtime
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    for module in (vqa, retrieve, adapters, galleries, ops):
+        app.include_router(module.router)
+    app.mount("/console", StaticFiles(directory=CONSOLE_FOLDER), name="console")
+    return app
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses; all other errors reach `Exchanges`."""
+    exchange: Exchange = request.state.exchange
+    return error_response(error, exchange.context.request_id)

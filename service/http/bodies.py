@@ -1,0 +1,117 @@
+"""Request bodies -> queries: JSON with media inside, or a multipart form with a JSON field and a file.
+
+What grows with the upload (parsing, base64) runs in threads, in pieces: the event loop goes on meanwhile.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from anyio import to_thread
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, invalid_body
+from service.http.schemas import (
+    GalleryMediaRef,
+    RetrieveFields,
+    RetrieveRequest,
+    UploadedMedia,
+    VqaFields,
+    VqaRequest,
+    media_source,
+)
+from service.types import MediaBytes, MediaKind, MediaSource, RetrieveQuery, TextQuery, VqaQuery
+
+FORM_FIELD = "request"
+
+Query = TypeVar("Query")
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+async def read_vqa(request: Request, *, max_bytes: int) -> VqaQuery:
+    """The body of POST /vqa. Raises: RefusedRequest."""
+    return await _read(request, _vqa_from_json, _vqa_from_form, max_bytes)
+
+
+async def read_retrieve(request: Request, *, max_bytes: int) -> RetrieveQuery:
+    """The body of POST /retrieve. Raises: RefusedRequest."""
+    return await _read(request, _retrieve_from_json, _retrieve_from_form, max_bytes)
+
+
+def _vqa_from_json(body: bytearray) -> VqaQuery:
+    parsed = _parse(VqaRequest, body)
+    assert parsed.medium is not None, "the schema demands a medium. This is a bug."
+    return parsed.with_media(_source(*parsed.medium))
+
+
+def _vqa_from_form(field: bytes, media: MediaBytes) -> VqaQuery:
+    return _parse(VqaFields, field, FORM_FIELD).with_media(media)
+
+
+def _retrieve_from_json(body: bytearray) -> RetrieveQuery:
+    parsed = _parse(RetrieveRequest, body)
+    if parsed.query.text is not None:
+        return parsed.with_query(TextQuery(parsed.query.text))
+    assert parsed.query.medium is not None, "the schema demands a query. This is a bug."
+    return parsed.with_query(_source(*parsed.query.medium, inside="query."))
+
+
+def _retrieve_from_form(field: bytes, media: MediaBytes) -> RetrieveQuery:
+    return _parse(RetrieveFields, field, FORM_FIELD).with_query(media)
+
+
+def _parse(schema: type[Schema], text: bytes | bytearray, where: str = "") -> Schema:
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        raise invalid_body(error, where) from error
+
+
+def _source(kind: MediaKind, media: UploadedMedia | GalleryMediaRef, inside: str = "") -> MediaSource:
+    try:
+        return media_source(kind, media)
+    except ValueError as error:
+        message = f"not base64 of the standard alphabet, padded, without line breaks or a data: prefix ({error})"
+        raise RefusedRequest(message, param=f"{inside}{kind}.base64") from error
+
+
+async def _read(
+    request: Request,
+    from_json: Callable[[bytearray], Query],
+    from_form: Callable[[bytes, MediaBytes], Query],
+    max_bytes: int,
+) -> Query:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+        return await to_thread.run_sync(from_json, body)
+    if content_type == "multipart/form-data":
+        field, media = await _read_form(request, max_bytes)
+        return await to_thread.run_sync(from_form, field, media)
+    message = "send application/json, or multipart/form-data with a field `request` and a file `image` or `video`"
+    raise RefusedRequest(message, rule=WRONG_CONTENT_TYPE, param="Content-Type")
+
+
+async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, MediaBytes]:
+    """(the JSON field, the file). The field may come as a file too, which is how some clients give it a content type."""
+    try:
+        async with request.form(max_files=2, max_fields=2, max_part_size=max_bytes) as form:
+            parts = form.multi_items()
+            names = [name for name, _ in parts]
+            kind: MediaKind = "video" if "video" in names else "image"
+            for name in names:
+                if name not in (FORM_FIELD, "image", "video"):
+                    raise RefusedRequest("unknown part of the form", param=name[:64])
+            if sorted(names) != sorted((FORM_FIELD, kind)):
+                raise RefusedRequest(f"the form must have one part `{FORM_FIELD}` and one file `image` or `video`")
+            field, media = form[FORM_FIELD], form[kind]
+            if not isinstance(media, UploadFile):
+                raise RefusedRequest("must be a file", param=kind)
+            text = await field.read() if isinstance(field, UploadFile) else field.encode()
+            return text, MediaBytes(kind, await media.read())
+    except HTTPException as error:  # how the form parser says that the body is no form
+        raise RefusedRequest(f"broken form: {error.detail}") from error

@@ -1,0 +1,90 @@
+"""What is refused before anything is parsed: bodies that are too large, and requests that were not meant for this machine."""
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import TooLarge
+from service.http.errors import FOREIGN_HOST, FOREIGN_ORIGIN, FORWARDED, RefusedRequest
+
+
+class BodyLimit:
+    """At most `max_bytes` of body: by its declared length at once, else counted as it streams in, chunked or not."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self.app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. Raises: TooLarge."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise self._too_large()
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the request body is above the limit of {self._max_bytes} bytes")
+
+
+class LoopbackOnly:
+    """Serve this machine alone. There are no keys, so being local is the only proof of identity, and it must not be borrowed:
+
+    - a proxy in front makes strangers look local: forwarded headers are refused;
+    - a web page may point its own host name at 127.0.0.1, or post a form there: foreign hosts and origins are refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. Raises: RefusedRequest."""
+        if scope["type"] == "http":
+            check_local(Headers(scope=scope))
+        await self.app(scope, receive, send)
+
+
+def check_local(headers: Headers) -> None:
+    """Raises: RefusedRequest when the headers show that the request comes from elsewhere."""
+    for name in headers:
+        if name == "forwarded" or name.startswith("x-forwarded-"):
+            message = (
+                "without API keys this server takes no requests through a proxy; BANK_ALLOW_PUBLIC=true lifts this"
+            )
+            raise RefusedRequest(message, rule=FORWARDED, param=name)
+    host = headers.get("host", "")
+    if not is_loopback(f"//{host}"):
+        message = "without API keys this server answers to localhost, 127.0.0.1 and [::1] only; BANK_ALLOW_PUBLIC=true lifts this"
+        raise RefusedRequest(message, rule=FOREIGN_HOST, param="Host")
+    origin = headers.get("origin")
+    if origin is not None and not is_loopback(origin):
+        raise RefusedRequest("pages of other sites may not use this server", rule=FOREIGN_ORIGIN, param="Origin")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the host of `url` is this machine by name or address."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    if not re.fullmatch(r"[0-9a-f:.]+", host):
+        return host == "localhost"
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

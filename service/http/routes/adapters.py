@@ -1,0 +1,43 @@
+"""/v1/adapters: what is registered."""
+
+from collections.abc import Callable
+
+from fastapi import APIRouter
+
+from adapters.config import check_name
+from adapters.errors import AdapterNotFound, InvalidReference
+from adapters.registry.base import AliasReference
+from service.http.dependencies import RuntimeDep
+from service.http.errors import responses
+from service.http.schemas import AdapterDetails, AdaptersReply, Tier
+from service.runtime import Runtime
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+@router.get("", responses=responses())
+async def list_adapters(runtime: RuntimeDep) -> AdaptersReply:
+    """Every adapter with its versions and aliases."""
+    snapshot, tier = runtime.loader.snapshot, tiers(runtime)
+    return AdaptersReply(adapters=[AdapterDetails.of(name, snapshot, tier) for name in sorted(snapshot.adapters)])
+
+
+@router.get("/{name}", responses=responses(AdapterNotFound, InvalidReference))
+async def get_adapter(name: str, runtime: RuntimeDep) -> AdapterDetails:
+    """One adapter with its versions and aliases."""
+    snapshot = runtime.loader.snapshot
+    if name not in snapshot.adapters:
+        snapshot.resolve(AliasReference(check_name(name)))  # says which names there are
+    return AdapterDetails.of(name, snapshot, tiers(runtime))
+
+
+def tiers(runtime: Runtime) -> Callable[[str], Tier]:
+    """Where the adapter of a weights digest is at this moment."""
+    resident = runtime.bank.residency()
+
+    def tier(digest: str) -> Tier:
+        if digest in resident["device"]:
+            return "device"
+        return "host" if digest in resident["host"] else "disk"
+
+    return tier

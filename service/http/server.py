@@ -1,0 +1,87 @@
+"""Run the app under uvicorn: one process, one device. Refuses what would be unsafe or would not work."""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from adapters.errors import AdapterBankError
+from service.config import Settings
+from service.http.app import create_app
+
+DRAIN_TIMEOUT_S = 30
+BACKLOG = 2048
+
+Announce = Callable[[str, Settings], None]
+
+
+class RefusedBind(AdapterBankError):
+    """The address cannot or must not be bound."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(settings: Settings, *, announce: Announce | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and stop.
+
+    `announce` is called with the URL and settings once requests are answered.
+    Raises: RefusedBind for a public address without `allow_public`, and for a port that is taken.
+    """
+    if not is_loopback(settings.host) and not settings.allow_public:
+        raise RefusedBind(
+            f"{settings.host} is reachable from other machines and there are no API keys; bind to 127.0.0.1 behind a "
+            "proxy that authenticates, or say --allow-public",
+            param="host",
+        )
+    listener = _listen(settings)
+    port = listener.getsockname()[1]
+    settings = settings.model_copy(update={"port": port})
+    server = _Server(
+        uvicorn.Config(
+            create_app(settings),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+    )
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    server.announce = (lambda: announce(f"http://{host}:{port}", settings)) if announce is not None else None
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after a clean stop: that is no failure
+        signal.signal(number, lambda *_: None)
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise RefusedBind(f"cannot bind {settings.host}:{settings.port}: {error.strerror}", param="port") from error
+    listener.listen(BACKLOG)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it is up."""
+
+    announce: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.announce is not None:
+            self.announce()

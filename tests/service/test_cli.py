@@ -1,0 +1,156 @@
+"""The command line as a user types it: every command in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+PARITY = Path(__file__).parents[1] / "parity" / "data" / "uniadapter" / "dev"
+HEADS = "4"
+COLOURS = ("red", "green", "blue", "orange")
+
+
+def run(*arguments: str | Path, home: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BANK_")} | {"BANK_HOME": str(home)}
+    command = [sys.executable, "-m", "service.cli", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with an imported backbone and one imported, pushed adapter."""
+    home = tmp_path_factory.mktemp("home")
+    checkpoint = PARITY / "image_retrieval.checkpoint.pth"
+    ids = json.dumps(json.loads((PARITY / "cases.json").read_text())["special_token_ids"])
+    backbone = home / "backbone"
+    run("import", "backbone", checkpoint, "--out", backbone, "--num-heads", HEADS, "--special-ids", ids, home=home)
+    package = home / "package"
+    run("import", "uniadapter", checkpoint, "--backbone", backbone, "--out", package, home=home)
+    pushed = run("push", package, "--name", "pictures", "--json", home=home)
+    assert json.loads(pushed.stdout)["version"] == 1
+    return home
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for colour in COLOURS:
+        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    return folder
+
+
+def test_pushing_the_same_package_again_gives_the_same_version(home: Path) -> None:
+    again = json.loads(run("push", home / "package", "--name", "pictures", "--json", home=home).stdout)
+    assert again["version"] == 1
+    listed = json.loads(run("adapters", "--json", home=home).stdout)
+    assert [(row["name"], row["version"], row["aliases"]) for row in listed] == [("pictures", 1, ["prod"])]
+    assert listed[0]["digest"] == again["digest"]
+
+
+def test_importing_onto_another_backbone_is_refused(home: Path, tmp_path: Path) -> None:
+    other = PARITY / "image_vqa.checkpoint.pth"
+    refused = run(
+        "import", "uniadapter", other, "--backbone", home / "backbone", "--out", tmp_path / "p", home=home, check=False
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: the checkpoint")
+    assert not (tmp_path / "p").exists()
+
+
+def test_heads_that_cannot_be_guessed_are_asked_for(home: Path, tmp_path: Path) -> None:
+    checkpoint = PARITY / "image_vqa.checkpoint.pth"
+    refused = run("import", "backbone", checkpoint, "--out", tmp_path / "b", home=home, check=False)
+    assert refused.returncode == 1
+    assert "special" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["../evil", "Upper", "", "a..b"])
+def test_names_that_could_leave_a_folder_are_refused(home: Path, name: str) -> None:
+    refused = run("push", home / "package", "--name", name, home=home, check=False)
+    assert refused.returncode == 1
+    assert "no valid name" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def colours(home: Path, pictures: Path) -> str:
+    """The output of building one gallery: first with the adapter, then anew without one."""
+    built = run("gallery", "build", "colours", "--adapter", "pictures", "--from", pictures, home=home)
+    again = run("gallery", "build", "colours", "--adapter", "__base__", "--from", pictures, home=home)
+    return built.stdout + again.stdout
+
+
+def test_a_gallery_is_built_listed_and_built_anew(home: Path, colours: str) -> None:
+    assert "colours version 1 is live" in colours
+    assert "colours version 2 is live" in colours
+    rows = json.loads(run("gallery", "list", "--json", home=home).stdout)
+    expected = [(1, False, "pictures"), (2, True, "__base__")]
+    assert [(row["version"], row["live"], row["adapter"]) for row in rows] == expected
+
+
+def test_an_unknown_setting_stops_the_start(home: Path) -> None:
+    environment = os.environ | {"BANK_HOME": str(home), "BANK_PROT": "9"}
+    command = [sys.executable, "-m", "service.cli", "serve"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "BANK_PROT" in done.stderr
+
+
+def test_a_public_address_without_keys_is_refused(home: Path) -> None:
+    refused = run("serve", "--host", "0.0.0.0", home=home, check=False)
+    assert refused.returncode == 1
+    assert "--allow-public" in refused.stderr
+
+
+def test_several_workers_are_refused_with_the_reason(home: Path) -> None:
+    refused = run("serve", "--workers", "2", home=home, check=False)
+    assert refused.returncode == 1
+    assert "one process holds one device" in refused.stderr
+
+
+@contextmanager
+def served(home: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and its URL; it must end by itself on SIGTERM, with status 0."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BANK_")} | {"BANK_HOME": str(home)}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "http://" in line:
+                yield process, "http://" + line.split("http://")[1].split()[0]
+                break
+        else:
+            assert process.stderr is not None
+            raise AssertionError(process.stderr.read())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_answers_and_picks_up_what_is_pushed_while_it_runs(home: Path, pictures: Path, colours: str) -> None:
+    with served(home) as (_, url), httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/health/ready").status_code == 200
+        package = home / "package"
+        assert client.get("/v1/adapters/later").status_code == 404
+        run("push", package, "--name", "later", home=home)
+        found = client.post(
+            "/retrieve",
+            data={"request": json.dumps({"gallery": "colours", "k": 2, "adapter": "later"})},
+            files={"image": ("red.png", (pictures / "red.png").read_bytes(), "image/png")},
+        )
+        assert found.status_code == 409, found.text
+        assert "__base__" in found.json()["error"]["message"]
+        assert client.get("/v1/adapters/later").status_code == 200
