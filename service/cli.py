@@ -31,6 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 def main() -> None:
     """Run a command; a domain error becomes one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
     try:
         app()
     except AdapterBankError as error:
@@ -174,6 +175,63 @@ def import_uniadapter_command(
 
 
 # --- adapters ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    backbone: Annotated[Path, typer.Option(help="Backbone folder to train for; it is not changed.")],
+    task: Annotated[str, typer.Option(help="retrieval, or vqa.")],
+    data: Annotated[
+        Path, typer.Option(help='JSON lines: {"file", "caption"}, or {"file", "question", "answer" or "answers"}.')
+    ],
+    out: Annotated[Path, typer.Option(help="Package folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Width of the bottleneck; default 128.")] = None,
+    kv_rank: Annotated[int | None, typer.Option(help="Width of key and value adapters; default none.")] = None,
+    frame_aware: Annotated[bool | None, typer.Option(help="Clips: weigh frames by their likeness to the text.")] = None,
+    heads: Annotated[bool | None, typer.Option(help="Retrieval: tune own projection and matching heads.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default 1000.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Lines of a step; default 16.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak, after the warm-up; default 1e-4.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames taken of a clip; default 8.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels a side; default the backbone's own.")] = None,
+    queue_size: Annotated[int | None, typer.Option(help="Retrieval: earlier pairs as negatives; default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the start and the order; default 0.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The run's state, to go on from; default OUT.ckpt.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default 100.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto (the default).")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 (the default), or bfloat16 for the products.")] = None,
+    media_workers: Annotated[int | None, typer.Option(help="Processes that decode media; default 2.")] = None,
+    cache_mib: Annotated[int | None, typer.Option(help="Memory for decoded media; default 2048.")] = None,
+) -> None:
+    """Fine-tune an adapter and write its package. Started again, it goes on where it was stopped."""
+    from service.train import TrainOptions
+    from service.train import train as run_training
+
+    options = TrainOptions.load(
+        backbone=backbone,
+        task=task,
+        data=data,
+        out=out,
+        rank=rank,
+        kv_rank=kv_rank,
+        frame_aware=frame_aware,
+        heads=heads,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_frames=num_frames,
+        resolution=resolution,
+        queue_size=queue_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        device=device,
+        precision=precision,
+        media_workers=media_workers,
+        cache_mib=cache_mib,
+    )
+    run_training(options)
+    print(f"next: adapter-bank push {out} --name NAME")
 
 
 @app.command()
