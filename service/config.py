@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     )
     max_candidates: int = Field(default=20_000, gt=0, description="Most candidate answers of one /vqa.")
     threads: int = Field(
-        default=0, ge=0, description="CPU threads of the device thread; 0 leaves the library's choice."
+        default=0, ge=0, description="CPU threads of the device thread; 0 takes all processors but one."
     )
 
     @field_validator("slots")

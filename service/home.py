@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters.artifacts import LocalArtifactStore
+from adapters.config import check_name
 from adapters.errors import Conflict, RankTooLarge
 from adapters.families import family_of
 from adapters.package import check_backbone, read_package
@@ -33,6 +34,7 @@ def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
 
     Raises: InvalidPackage and its kinds, BackboneMismatch, RankTooLarge, InvalidReference.
     """
+    check_name(name)
     package = read_package(folder)
     rank = family_of(package.config.family).slot_rank(package.config)
     widest = max(rank for rank, _ in settings.slot_buckets() or DEFAULT_BUCKETS)

@@ -96,6 +96,7 @@ class Loader:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        self._loads.clear()  # those that never began
 
     async def _watch(self) -> None:
         while True:

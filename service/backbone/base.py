@@ -263,9 +263,12 @@ def load_tokenizer(source: Path | str) -> Any:
     from transformers import AutoTokenizer  # slow to import, and not needed without a tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise ConversionError(f"no tokenizer at {source}: {error}", param="tokenizer") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # the library makes one up for a bare model
+        raise ConversionError(f"no tokenizer at {source}: it has no vocabulary", param="tokenizer")
+    return tokenizer
 
 
 def _read_part(path: Path) -> dict[str, Tensor]:

@@ -137,8 +137,11 @@ def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not separator or kind[0] not in ("query", "key", "value"):
             joined[name] = tensor
         elif kind[0] == "query":
-            triple = [tensors[f"{head}.attention.{which}.{kind[2]}"] for which in ("query", "key", "value")]
-            joined[f"{head}.attention.qkv.{kind[2]}"] = torch.cat(triple)
+            parts = [f"{head}.attention.{which}.{kind[2]}" for which in ("query", "key", "value")]
+            lacking = [part for part in parts if part not in tensors]
+            if lacking:
+                raise ConversionError(f"no complete BLIP: {lacking[0]} is missing")
+            joined[f"{head}.attention.qkv.{kind[2]}"] = torch.cat([tensors[part] for part in parts])
     return joined
 
 
@@ -265,6 +268,8 @@ def assemble(
         embed_dim=tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else None,
         special_ids=_special_ids(special_ids or found, stacks),
     )
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, stacks)
     with torch.device("meta"):
         model = Blip(config)
     try:
@@ -272,6 +277,15 @@ def assemble(
     except RuntimeError as error:
         raise ConversionError(f"{source.origin} is no complete BLIP: {error}") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, stacks: Mapping[str, TextConfig]) -> None:
+    """Every word of the tokenizer needs an embedding; embeddings without a word do no harm."""
+    for part, stack in stacks.items():
+        if len(tokenizer) > stack.vocab_size:
+            raise ConversionError(
+                f"the tokenizer has {len(tokenizer)} words, the {part} only {stack.vocab_size}", param="tokenizer"
+            )
 
 
 def _special_ids(ids: SpecialIds | None, stacks: Mapping[str, TextConfig]) -> SpecialIds:

@@ -4,6 +4,7 @@ The one thread that touches the model and the slots. Others hand it jobs and wai
 """
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -109,8 +110,7 @@ class Engine:
     # --- the device thread -------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        if self._num_threads:
-            torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._num_threads or default_threads())
         try:
             while self._failure is None and self._wait_for_work():
                 self.step()
@@ -133,7 +133,7 @@ class Engine:
             batch = self._scheduler.next_batch(lambda job: self._join(job, leases))
             self._report_queue()
             if batch is not None:
-                self._run_timed(batch, leases)
+                self._run(batch, leases)
                 return
         if len(self._scheduler):
             time.sleep(RETRY_S)
@@ -178,29 +178,27 @@ class Engine:
                 raise
             return True  # it fails alone when it runs, with its own error
 
-    def _run_timed(self, batch: Batch, leases: BatchLeases) -> None:
-        start = time.perf_counter()
-        if self._run(batch, leases):
-            self._observe(batch, leases.num_adapters, time.perf_counter() - start)
-
     def _observe(self, batch: Batch, num_adapters: int, seconds: float) -> None:
         self._metrics.batch_seconds.labels(batch.stage).observe(seconds)
         self._metrics.batch_jobs.labels(batch.stage).observe(len(batch.jobs))
         self._metrics.batch_adapters.labels(batch.stage).observe(num_adapters)
         self._measured(sum(job.cost for job in batch.jobs), seconds)
 
-    def _run(self, batch: Batch, leases: BatchLeases) -> bool:
-        """Run a batch and settle its futures; False when it failed and had to be taken apart."""
+    def _run(self, batch: Batch, leases: BatchLeases) -> None:
+        """Run a batch. Whoever hears of it finds its slots given back and the metrics told."""
+        start = time.perf_counter()
         try:
             outputs = self._forward(batch, leases)
         except Exception as error:
             if _is_fatal(error):
                 raise
-            self._retry_alone(batch, leases, error)
-            return False
+            leases.release()
+            self._retry_alone(batch, error)
+            return
+        self._observe(batch, leases.num_adapters, time.perf_counter() - start)
+        leases.release()
         for job, output in zip(batch.jobs, outputs, strict=True):
             self._set_output(job, output)
-        return True
 
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         for job in batch.jobs:
@@ -216,20 +214,19 @@ class Engine:
         self.last_forward_at = time.monotonic()
         return outputs
 
-    def _retry_alone(self, batch: Batch, leases: BatchLeases, error: Exception) -> None:
+    def _retry_alone(self, batch: Batch, error: Exception) -> None:
         """A batch that failed is run again item by item, once; only what fails alone fails."""
         if len(batch.jobs) == 1:
             self._set_job_error(batch.jobs[0], error)
             return
         log.warning("a %s batch of %d failed and is retried item by item: %s", batch.stage, len(batch.jobs), error)
         self._metrics.retried_batches.inc()
-        leases.release()
         for job in batch.jobs:
             if self._is_dead(job):
                 self._settle_dead(job)
                 continue
             with batch_leases(self.bank) as own:
-                self._run_timed(Batch((job,)), own)
+                self._run(Batch((job,)), own)
 
     def _set_output(self, job: Job, output: StageOutput) -> None:
         if self._is_dead(job):
@@ -258,6 +255,11 @@ class Engine:
 def _set_error(result: Result | None, error: BaseException) -> None:
     if result is not None and result.set_running_or_notify_cancel():
         result.set_exception(error)
+
+
+def default_threads() -> int:
+    """All processors but one, which is left to the event loop and the media workers: threads that share one stall."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 def _is_fatal(error: Exception) -> bool:

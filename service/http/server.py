@@ -52,6 +52,7 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
             create_app(settings),
             log_level="warning",
             access_log=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
             h11_max_incomplete_event_size=64 * 1024,
         )
