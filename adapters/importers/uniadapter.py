@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
-from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing, Task
+from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing, Task, describe
 from adapters.errors import ConversionError, TensorMismatch
 from adapters.families.base import HEADS, BackboneDims
 from adapters.families.uniadapter import MEMORY_TERMS, UniAdapter, UniAdapterOptions
@@ -53,6 +53,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path.name} is no trainer's checkpoint: it lacks 'model' or 'config'", param="checkpoint"
         )
+    model, config = document["model"], document["config"]
+    if not (
+        isinstance(config, dict) and isinstance(model, dict) and all(isinstance(t, Tensor) for t in model.values())
+    ):
+        raise ConversionError(
+            f"{path.name} is no trainer's checkpoint: 'model' must hold tensors and 'config' options",
+            param="checkpoint",
+        )
     return document
 
 
@@ -82,22 +90,27 @@ def import_uniadapter(
     used_parts = (
         ("vision", "text_encoder", "decoder", "tokenizer") if task == "vqa" else ("vision", "text_encoder", "tokenizer")
     )
-    config = AdapterConfig(
-        family="uniadapter",
-        task=task,
-        rank=rank,
-        options=options.model_dump(mode="json"),
-        heads=heads,
-        backbone=BackboneRef(
-            architecture="blip",
-            width=dims.width,
-            layers=dims.layers,
-            parts={part: parts[part] for part in used_parts if part in parts},
-        ),
-        preprocessing=Preprocessing(resolution=int(settings["image_size"])),
-        decoding=_decoding(settings, answers) if task == "vqa" else None,
-        provenance={"source": "UniAdapter checkpoint", "settings": _json(settings), **(provenance or {})},
-    )
+    try:
+        config = AdapterConfig(
+            family="uniadapter",
+            task=task,
+            rank=rank,
+            options=options.model_dump(mode="json"),
+            heads=heads,
+            backbone=BackboneRef(
+                architecture="blip",
+                width=dims.width,
+                layers=dims.layers,
+                parts={part: parts[part] for part in used_parts if part in parts},
+            ),
+            preprocessing=Preprocessing(resolution=settings["image_size"]),
+            decoding=_decoding(settings, answers) if task == "vqa" else None,
+            provenance={"source": "UniAdapter checkpoint", "settings": _json(settings), **(provenance or {})},
+        )
+    except ValidationError as error:
+        raise ConversionError(
+            f"the checkpoint's config cannot be served: {describe(error)}", param="checkpoint"
+        ) from error
     _check_copies(state, dims.layers)
     return ImportedAdapter(config, _tensors(state, config, dims))
 
@@ -109,13 +122,15 @@ def _refuse_unsupported(settings: Mapping[str, Any], state: Mapping[str, Tensor]
         raise ConversionError("the checkpoint was trained with `adapter: false`")
     if settings.get("temporal_embed") or any(name.endswith(".time_embed") for name in state):
         raise ConversionError("`temporal_embed` is not supported: no released configuration uses it")
-    if "image_size" not in settings:
-        raise ConversionError("the checkpoint's config lacks image_size")
+    if not isinstance(settings.get("image_size"), int):
+        raise ConversionError("the checkpoint's config lacks image_size, a whole number")
 
 
 def _options(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> UniAdapterOptions:
     memory = f"{_MEMORY_SOURCES['text']}.{MEMORY_TERMS[0]}.down_proj.weight"
-    has_memory = bool(settings.get("video_key_adapter")) and memory in state
+    has_memory = bool(settings.get("video_key_adapter"))
+    if has_memory and memory not in state:
+        raise TensorMismatch(f"the checkpoint's config says `video_key_adapter`, but there is no {memory}")
     visual, textual, multimodal = (bool(settings.get(switch, True)) for switch in _SWITCHES)
     return UniAdapterOptions(
         visual=visual,

@@ -329,8 +329,9 @@ def _vision_config(tensors: Mapping[str, Tensor], heads: int | None) -> VisionCo
 
 
 def _text_config(tensors: Mapping[str, Tensor], prefix: str, heads: int | None) -> TextConfig:
-    words, positions = tensors[f"{prefix}.embeddings.word.weight"], tensors[f"{prefix}.embeddings.position.weight"]
+    words = tensors[f"{prefix}.embeddings.word.weight"]
     try:
+        positions = tensors[f"{prefix}.embeddings.position.weight"]
         memory_width = tensors[f"{prefix}.layers.0.crossattention.key.weight"].shape[1]
         mlp_width = tensors[f"{prefix}.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:

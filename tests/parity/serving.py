@@ -1,0 +1,465 @@
+"""A case served as a server would: import, package, store, registry, loader, bank, engine; in batches that are mixed.
+
+(No class here prints its tensors: asyncio formats a finished task, result and all, once per run.)
+
+Every stage is queued whole before the device thread starts, so that one batch holds the case's rows under every variant,
+the rows of its companions and rows of `__base__`. Forward hooks on the real modules see what passes between.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapters.artifacts import LocalArtifactStore
+from adapters.config import BASE_ADAPTER
+from adapters.families.base import Adaptation
+from adapters.families.uniadapter import options_of
+from adapters.importers.uniadapter import ImportedAdapter, import_uniadapter
+from adapters.package import Package, write_package
+from adapters.registry.base import PackageInfo
+from adapters.registry.sqlite import SqliteRegistry
+from service.backbone import convert
+from service.backbone.base import Backbone, load_backbone, write_backbone
+from service.backbone.config import SpecialIds
+from service.bank import AdapterBank, BatchLeases, batch_leases
+from service.engine import Engine
+from service.loader import Loader, Pin
+from service.metrics import Metrics
+from service.scheduler import BatchLimits, Scheduler
+from service.types import (
+    Batch,
+    GenerateInput,
+    GenerateOutput,
+    Job,
+    MatchInput,
+    MatchOutput,
+    RankInput,
+    RankOutput,
+    Stage,
+    StageInput,
+    StageOutput,
+    TextInput,
+    TextOutput,
+    VisionInput,
+    VisionOutput,
+)
+from tests.parity.companions import Companion, make_companions
+from tests.parity.sets import OWN, WHOLE, Case, Variant
+
+TIMEOUT_S = 200.0
+Row = tuple[int, ...]
+
+
+@dataclass(repr=False)
+class Seen:
+    """What passed through the hooked places during one batch: every call's output, by place."""
+
+    calls: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, place: str, value: Tensor) -> None:
+        self.calls.setdefault(place, []).append(value.detach().clone())
+
+
+@dataclass(frozen=True, repr=False)
+class BatchRecord:
+    """A batch that ran."""
+
+    batch: Batch
+    seen: Seen
+
+    def rows(self, job: Job, place: str, call: int = 0) -> Tensor:
+        """What a place gave for the rows of a job."""
+        start = sum(_num_rows(other) for other in self.batch.jobs[: self.batch.jobs.index(job)])
+        return self.seen.calls[place][call][start : start + _num_rows(job)]
+
+    @property
+    def adapters(self) -> set[str]:
+        return {job.adapter for job in self.batch.jobs}
+
+
+def _num_rows(job: Job) -> int:
+    match job.inputs:
+        case VisionInput(pixels):
+            return len(pixels)
+        case MatchInput(ids):
+            return len(ids)
+        case _:
+            return 1
+
+
+def _num_scored(job: Job) -> int:
+    assert isinstance(job.inputs, RankInput)
+    return min(job.inputs.k, len(job.inputs.candidates))
+
+
+class RecordingEngine(Engine):
+    """The engine; keeps every batch and what the hooks saw of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.records: list[BatchRecord] = []
+
+    def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
+        with hooks(self.backbone) as seen:
+            outputs = super()._forward(batch, leases)
+        self.records.append(BatchRecord(batch, seen))
+        return outputs
+
+
+@contextmanager
+def hooks(backbone: Backbone) -> Iterator[Seen]:
+    """Forward hooks on every module whose output is compared; the word head is no module and is wrapped instead."""
+    seen = Seen()
+    model = backbone.model
+    places: dict[str, nn.Module] = {}
+    places |= {f"vision.{i}": block for i, block in enumerate(model.vision.blocks)}
+    if model.text_encoder is not None:
+        places |= {"text": model.text_encoder, "text.0": model.text_encoder.embeddings}
+        places |= {f"text.{i + 1}": layer for i, layer in enumerate(model.text_encoder.layers)}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, place=place: seen.add(place, output))
+        for place, module in places.items()
+    ]
+    decoder = model.decoder
+    if decoder is not None:
+        plain = decoder.logits
+
+        def logits(h: Tensor) -> Tensor:
+            words = plain(h)
+            seen.add("words", words)
+            return words
+
+        decoder.logits = logits  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        if decoder is not None:
+            del decoder.logits
+
+
+@dataclass(frozen=True, repr=False)
+class Ran:
+    """A job, what came of it and the batch it ran in."""
+
+    job: Job
+    output: StageOutput
+    record: BatchRecord
+
+    def rows(self, place: str, call: int = 0) -> Tensor:
+        """What a place gave for this job's rows."""
+        return self.record.rows(self.job, place, call)
+
+    def scored_rows(self) -> Tensor:
+        """Word logits [candidates, L, V] of this ranking job's candidates: call 0 was the first word, the rest are chunks."""
+        jobs = self.record.batch.jobs
+        start = sum(_num_scored(other) for other in jobs[: jobs.index(self.job)])
+        rows = [row for chunk in self.record.seen.calls["words"][1:] for row in chunk]
+        return torch.stack(rows[start : start + _num_scored(self.job)])
+
+
+@dataclass(repr=False)
+class Rows:
+    """Everything that one adapter's rows gave. Lists are by clip, text or question."""
+
+    pin: Pin
+    weighs_frames: bool
+    vision: list[Ran] = field(default_factory=list)
+    text: list[Ran] = field(default_factory=list)
+    match: list[Ran] = field(default_factory=list)  # by text, each with every clip
+    generate: dict[int, list[Ran]] = field(default_factory=dict)  # by beams
+    rank: list[Ran] = field(default_factory=list)
+    rank_all: list[Ran] = field(default_factory=list)
+    forced: list[Ran] = field(default_factory=list)
+    train: list[Ran] = field(default_factory=list)
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """[T, P, D] of every clip."""
+        return [cast(VisionOutput, ran.output).states for ran in self.vision]
+
+    @cached_property
+    def frames(self) -> list[Tensor]:
+        """Unnormalised frame features [T, E] of every clip."""
+        frames = [cast(VisionOutput, ran.output).frames for ran in self.vision]
+        return [frame for frame in frames if frame is not None]
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Unit text features [texts, E]."""
+        return torch.stack([cast(TextOutput, ran.output).vector for ran in self.text])
+
+    def logits(self) -> Tensor:
+        """Matching logits [texts, clips, 2]."""
+        return torch.stack([cast(MatchOutput, ran.output).logits for ran in self.match])
+
+    def generated(self, num_beams: int) -> list[GenerateOutput]:
+        """Answers of every question."""
+        return [cast(GenerateOutput, ran.output) for ran in self.generate[num_beams]]
+
+    def ranked(self, which: list[Ran]) -> list[RankOutput]:
+        """Rankings of every question."""
+        return [cast(RankOutput, ran.output) for ran in which]
+
+
+@dataclass(repr=False)
+class Served:
+    """A case's rows by variant, its companions' rows, and the parts they went through."""
+
+    case: Case
+    backbone: Backbone
+    bank: AdapterBank
+    packages: dict[str, Package]
+    companions: list[Companion]
+    rows: dict[Variant, Rows]
+    beside: dict[str, Rows]
+    records: list[BatchRecord]
+    metrics: Metrics
+
+    @contextmanager
+    def mixed(self, variant: Variant, x: Tensor) -> Iterator[tuple[Adaptation, Tensor, Mapping[str, slice]]]:
+        """An adaptation through the bank for x [B, L, D] once per adapter, and which rows are whose."""
+        pins = {"case": self.rows[variant].pin, **{name: rows.pin for name, rows in self.beside.items()}}
+        slices = {name: slice(i * len(x), (i + 1) * len(x)) for i, name in enumerate(pins)}
+        with batch_leases(self.bank) as leases:
+            for pin in pins.values():
+                assert leases.add(pin.digest)
+            adaptation = leases.adaptation([pin.digest for pin in pins.values() for _ in range(len(x))])
+            assert adaptation is not None
+            yield adaptation, torch.cat([x] * len(pins)), slices
+
+
+def serve(case: Case, folder: Path) -> Served:
+    """Import a case and its companions into `folder` and run every stage that its recorded outputs ask for."""
+    return asyncio.run(_serve(case, folder))
+
+
+async def _serve(case: Case, folder: Path) -> Served:
+    backbone = import_backbone(case, folder / "backbone")
+    companions = make_companions(case)
+    variants = {quantity.variant for quantity in case.claimed.values()} | {OWN, WHOLE}
+    documents = {v.name: {**case.document, "config": case.settings(v)} for v in variants if not v.frozen}
+    documents |= {c.name: c.document for c in companions if c.document is not None}
+    packages, registry, store = {}, SqliteRegistry(folder / "registry.sqlite"), LocalArtifactStore(folder / "artifacts")
+    for name, document in documents.items():
+        imported = import_adapter(document, backbone)
+        packages[name] = write_package(
+            folder / "packages" / name, imported.config, imported.tensors, f"# {name}\n", None
+        )
+        store.put(folder / "packages" / name)
+        record = registry.add_version(name, PackageInfo.of(packages[name]))
+        registry.set_alias(name, "prod", record.version)
+    metrics = Metrics()
+    bank = make_bank(backbone, packages.values(), metrics)
+    loader = Loader(registry, store, backbone, bank, metrics)
+    try:
+        async with AsyncExitStack() as stack:
+
+            async def pin(name: str) -> Pin:
+                return await stack.enter_async_context(loader.pin(name))
+
+            rows = {}
+            for variant in sorted(variants, key=lambda v: v.name):
+                found = await pin(BASE_ADAPTER if variant.frozen else variant.name)
+                weighs = bool(case.settings(variant).get("frame_aware_attention")) if variant.frozen else _weighs(found)
+                rows[variant] = Rows(found, weighs)
+            beside = {}
+            for companion in companions:
+                found = await pin(BASE_ADAPTER if companion.document is None else companion.name)
+                beside[companion.name] = Rows(found, _weighs(found))
+            served = Served(case, backbone, bank, packages, companions, rows, beside, [], metrics)
+            await _run_stages(served)
+            return served
+    finally:
+        await loader.close()
+        registry.close()
+
+
+def _weighs(pin: Pin) -> bool:
+    return pin.config is not None and options_of(pin.config).frame_aware_attention
+
+
+def import_backbone(case: Case, folder: Path) -> Backbone:
+    """The checkpoint's frozen part as a backbone folder, loaded."""
+    source = convert.read_authors(case.checkpoint)
+    model, _ = convert.assemble(source, num_heads=case.num_heads, special_ids=SpecialIds(**case.special_ids))
+    write_backbone(folder, model, None, {})
+    return load_backbone(folder)
+
+
+def import_adapter(document: Mapping[str, Any], backbone: Backbone) -> ImportedAdapter:
+    """The checkpoint's adapter."""
+    return import_uniadapter(
+        document,
+        dims=backbone.dims(),
+        parts=backbone.parts,
+        check_backbone=lambda state: convert.check_same_backbone(state, backbone),
+    )
+
+
+def make_bank(backbone: Backbone, packages: Sequence[Package] | Any, metrics: Metrics) -> AdapterBank:
+    """A bank with two buckets: one for the narrowest adapters alone, one that holds them all."""
+    from adapters.families import FAMILIES
+
+    ranks = sorted(FAMILIES["uniadapter"].slot_rank(package.config) for package in packages)
+    buckets = tuple({rank: len(ranks) for rank in (ranks[0], ranks[-1])}.items())
+    return AdapterBank(
+        backbone.dims(),
+        backbone.head_tensors(),
+        device=backbone.device,
+        dtype=backbone.dtype,
+        buckets=buckets,
+        host_bytes=1 << 30,
+        metrics=metrics,
+    )
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Wanted:
+    """A job to run, and the list its result goes to."""
+
+    stage: Stage
+    pin: Pin
+    inputs: StageInput
+    into: list[Ran]
+    shape: tuple[int, ...] = ()
+
+
+async def run_together(served: Served, wanted: Sequence[Wanted]) -> None:
+    """Queue all jobs, then start a device thread, and keep what came of each."""
+    engine = RecordingEngine(
+        served.backbone,
+        served.bank,
+        Scheduler(BatchLimits(max_rows=1 << 30, max_tokens=1 << 30)),
+        served.metrics,
+        measured=lambda cost, seconds: None,
+        on_fatal=lambda error: None,
+        num_threads=1,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    jobs = [
+        Job(w.stage, w.pin.digest, w.inputs, w.shape, rows=1, tokens=1, cost=1.0, deadline=deadline) for w in wanted
+    ]
+    futures = [engine.submit(job) for job in jobs]
+    engine.start()
+    try:
+        outputs = [await asyncio.wrap_future(future) for future in futures]
+    finally:
+        await asyncio.to_thread(engine.stop)
+    served.records += engine.records
+    record_of = {job.number: record for record in engine.records for job in record.batch.jobs}
+    for w, job, output in zip(wanted, jobs, outputs, strict=True):
+        w.into.append(Ran(job, output, record_of[job.number]))
+
+
+async def _run_stages(served: Served) -> None:
+    case, all_rows = served.case, {**served.rows}
+    own = [(rows, list(case.pixels)) for rows in all_rows.values()]
+    others = [(served.beside[c.name], list(c.clips)) for c in served.companions]
+    resolution = case.pixels.shape[-1]
+    await run_together(
+        served,
+        [
+            Wanted("vision", r.pin, VisionInput(clip), r.vision, (resolution,))
+            for r, clips in own + others
+            for clip in clips
+        ],
+    )
+    if case.has("text_ids"):
+        await _run_retrieval(served)
+    if case.has("question_ids"):
+        await _run_questions(served)
+
+
+def _texts_of(served: Served, kind: str) -> list[tuple[Rows, list[Row]]]:
+    """Every adapter's rows with its texts."""
+    own = [(rows, served.case.rows(kind)) for rows in served.rows.values()]
+    return own + [(served.beside[c.name], c.texts) for c in served.companions]
+
+
+async def _run_retrieval(served: Served) -> None:
+    both = _texts_of(served, "text")
+    await run_together(served, [Wanted("text", r.pin, TextInput(ids), r.text) for r, texts in both for ids in texts])
+    wanted = []
+    for rows, texts in both:
+        for text, ids in zip(rows.texts, texts, strict=True):
+            similarities = [
+                torch.nn.functional.normalize(f, dim=-1) @ text if rows.weighs_frames else None for f in rows.frames
+            ]
+            pairs = MatchInput((ids,) * len(rows.states), tuple(rows.states), tuple(similarities))
+            wanted.append(Wanted("match", rows.pin, pairs, rows.match))
+    await run_together(served, wanted)
+
+
+async def _run_questions(served: Served) -> None:
+    case = served.case
+    both = _texts_of(served, "question")
+    beams = {
+        int(q.parameters.get("beams", 1)) for q in case.claimed.values() if q.kind in ("answer_ids", "answer_scores")
+    }
+    for num_beams in sorted(beams):
+        wanted = []
+        for rows, texts in both:
+            into = rows.generate.setdefault(num_beams, [])
+            for ids, states in zip(texts, rows.states, strict=True):
+                question = GenerateInput(ids, states.flatten(0, 1), num_beams, case.max_length)
+                wanted.append(Wanted("generate", rows.pin, question, into, (num_beams, case.max_length)))
+        await run_together(served, wanted)
+    answers = {rows.pin.info.name: c.answers for c, rows in zip(served.companions, served.beside.values(), strict=True)}
+    await run_together(served, _ranking(served, answers))
+    if case.has("given_answer_ids"):
+        given = case.rows("given_answer")
+        await run_together(
+            served,
+            [
+                Wanted("rank", rows.pin, RankInput(ids, states.flatten(0, 1), (candidate,), 1), rows.forced)
+                for rows in served.rows.values()
+                for ids, states, candidate in zip(case.rows("question"), rows.states, given, strict=True)
+            ]
+            + _companion_ranking(served),
+        )
+
+
+def _ranking(served: Served, answers: Mapping[str, list[Row]]) -> list[Wanted]:
+    case = served.case
+    wanted = _companion_ranking(served)
+    train: list[list[Row]] = []
+    if case.has("train_answer_ids"):
+        left = iter(case.rows("train_answer"))
+        train = [[next(left) for _ in range(count)] for count in case.input("train_answer_counts").tolist()]
+    for rows in served.rows.values():
+        decoding = rows.pin.config.decoding if rows.pin.config is not None else None
+        k = decoding.rank_k if decoding is not None else int(case.config.get("k_test", 128))
+        for place, (ids, states) in enumerate(zip(case.rows("question"), rows.states, strict=True)):
+            y = states.flatten(0, 1)
+            if case.has("answer_ids"):
+                candidates = tuple(case.rows("answer"))
+                wanted.append(Wanted("rank", rows.pin, RankInput(ids, y, candidates, k), rows.rank))
+                wanted.append(Wanted("rank", rows.pin, RankInput(ids, y, candidates, len(candidates)), rows.rank_all))
+            if train:
+                own = tuple(train[place])
+                wanted.append(Wanted("rank", rows.pin, RankInput(ids, y, own, len(own)), rows.train))
+    return wanted
+
+
+def _companion_ranking(served: Served) -> list[Wanted]:
+    wanted = []
+    for companion, rows in zip(served.companions, served.beside.values(), strict=True):
+        if companion.answers:
+            rows.rank = []
+            for ids, states in zip(companion.texts, rows.states, strict=True):
+                asked = RankInput(ids, states.flatten(0, 1), tuple(companion.answers), len(companion.answers))
+                wanted.append(Wanted("rank", rows.pin, asked, rows.rank))
+    return wanted

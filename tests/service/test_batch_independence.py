@@ -1,0 +1,301 @@
+"""A request's answer does not depend on its batch: alone or in any mix, the same numbers, ids and choices.
+
+Floats within 1e-5 + 1e-5 |b|. Ids and choices are equal unless the lone run decided by less than 1e-4; those cases are
+counted and shown.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import JsonValue
+from torch import Tensor
+
+from adapters.config import BASE_ADAPTER
+from adapters.package import write_package
+from service.backbone.base import Backbone, load_backbone
+from service.bank import AdapterBank, fold_package
+from service.engine import Engine
+from service.metrics import Metrics
+from service.scheduler import BatchLimits, Scheduler
+from service.types import (
+    GenerateInput,
+    GenerateOutput,
+    Job,
+    MatchInput,
+    MatchOutput,
+    RankInput,
+    RankOutput,
+    Stage,
+    StageInput,
+    StageOutput,
+    TextInput,
+    TextOutput,
+    VisionInput,
+    VisionOutput,
+)
+from tests.service.worlds import EMBED_DIM, PATCH, WIDTH, adapter_config, random_tensors, write_tiny_backbone
+
+ATOL = RTOL = 1e-5
+NEAR_TIE = 1e-4
+NUM_EXAMPLES = 250
+HEADS = ("vision_proj", "text_proj", "itm_head")
+ADAPTERS: tuple[
+    tuple[int, dict[str, JsonValue], tuple[str, ...]], ...
+] = (  # rank, options, heads; two of them always want the wide bucket's slots
+    (3, {}, HEADS),
+    (5, {"kv_rank": 2}, ()),
+    (6, {"kv_rank": 9, "query_residual": False}, ("itm_head",)),
+    (11, {"frame_aware_attention": True, "multimodal": True, "textual": False}, ("vision_proj", "text_proj")),
+)
+BUCKETS = ((6, 2), (12, 2))  # fewer slots than adapters: some mixes must wait for each other
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, small enough to draw and to remember. `seed` decides its contents."""
+
+    stage: Stage
+    adapter: int  # into ADAPTERS; -1 is __base__
+    length: int
+    frames: int
+    side: int  # patches per side
+    beams: int
+    count: int  # pairs, or candidates
+    seed: int
+
+
+ASKS = st.builds(
+    Ask,
+    stage=st.sampled_from(("vision", "text", "match", "generate", "rank")),
+    adapter=st.integers(-1, len(ADAPTERS) - 1),
+    length=st.integers(3, 12),
+    frames=st.integers(1, 3),
+    side=st.integers(1, 3),
+    beams=st.sampled_from((1, 3)),
+    count=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+
+
+class Runner:
+    """A bank of four adapters, and engines that are stepped by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        write_tiny_backbone(folder / "backbone")
+        self.backbone: Backbone = load_backbone(folder / "backbone")
+        self.metrics = Metrics()
+        self.bank = AdapterBank(
+            self.backbone.dims(),
+            self.backbone.head_tensors(),
+            device=self.backbone.device,
+            dtype=self.backbone.dtype,
+            buckets=BUCKETS,
+            host_bytes=1 << 30,
+            metrics=self.metrics,
+        )
+        self.digests = []
+        for seed, (rank, options, heads) in enumerate(ADAPTERS):
+            config = adapter_config(self.backbone, rank=rank, options=options, heads=heads)
+            tensors = random_tensors(config, self.backbone.dims(), seed)
+            package = write_package(folder / str(seed), config, tensors, "", None)
+            self.bank.put(fold_package(package, self.backbone.dims(), self.backbone.dtype))
+            self.bank.hold(package.weights_digest)
+            self.digests.append(package.weights_digest)
+
+    def run(self, jobs: list[Job], max_rows: int) -> list[StageOutput]:
+        """Queue all, then step until every one has its output."""
+        engine = Engine(
+            self.backbone,
+            self.bank,
+            Scheduler(BatchLimits(max_rows=max_rows, max_tokens=1 << 30)),
+            self.metrics,
+            measured=lambda cost, seconds: None,
+            on_fatal=lambda error: None,
+        )
+        results = [engine.submit(job) for job in jobs]
+        while not all(result.done() for result in results):
+            engine.step()
+        return [result.result() for result in results]
+
+    def job(self, ask: Ask) -> Job:
+        inputs, shape, rows = self._inputs(ask)
+        adapter = BASE_ADAPTER if ask.adapter < 0 else self.digests[ask.adapter]
+        deadline = time.monotonic() + 600
+        return Job(ask.stage, adapter, inputs, shape, rows=rows, tokens=rows, cost=float(rows), deadline=deadline)
+
+    def _inputs(self, ask: Ask) -> tuple[StageInput, tuple[int, ...], int]:
+        generator = torch.Generator().manual_seed(ask.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def words(length: int, first: int) -> tuple[int, ...]:
+            return (first, *torch.randint(8, 40, (length - 2,), generator=generator).tolist(), ids.sep)
+
+        ids, tokens = self.backbone.config.special_ids, ask.side**2 + 1
+        match ask.stage:
+            case "vision":
+                size = ask.side * PATCH
+                return VisionInput(normal(ask.frames, 3, size, size)), (size,), ask.frames
+            case "text":
+                return TextInput(words(ask.length, ids.cls)), (), 1
+            case "match":
+                texts = tuple(words(ask.length + i % 2, ids.cls) for i in range(ask.count))
+                clips = tuple(normal(1 + (ask.frames + i) % 3, tokens, WIDTH) for i in range(ask.count))
+                weighed = tuple(3 * normal(len(clip)) if ask.seed % 2 else None for clip in clips)
+                return MatchInput(texts, clips, weighed), (), ask.count
+            case "generate":
+                question = GenerateInput(words(ask.length, ids.cls), normal(ask.frames * tokens, WIDTH), ask.beams, 6)
+                return question, (ask.beams, 6), ask.beams
+            case "rank":
+                candidates = tuple(words(3 + i % 3, ids.bos) for i in range(ask.count + 1))
+                states = normal(ask.frames * tokens, WIDTH)
+                return RankInput(words(ask.length, ids.cls), states, candidates, ask.count), (), ask.count
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a - b).abs() <= ATOL + RTOL * b.abs()).all())
+
+
+def ranking_gap(alone: RankOutput, every: RankOutput, asked: RankInput) -> float:
+    """The smallest distance behind a lone ranking's choices; candidates with one first word tie exactly, and by index."""
+    places = every.indices[: len(alone.indices) + 1]
+    probs = every.first_token_probs
+    gaps = [
+        probs[i] - probs[i + 1]
+        for i in range(len(places) - 1)
+        if asked.candidates[places[i]][1] != asked.candidates[places[i + 1]][1]
+    ]
+    best = sorted(alone.scores, reverse=True)
+    return min([*gaps, *(best[0] - score for score in best[1:2])], default=float("inf"))
+
+
+class Check:
+    """Compares a mixed run with the lone one, counting what was compared and what was too close to call."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.counts: Counter[str] = Counter()
+        self.alone = cache(lambda ask: runner.run([runner.job(ask)], 1 << 30)[0])
+        self.every = cache(self._rank_all)
+
+    def _rank_all(self, ask: Ask) -> StageOutput:
+        """A ranking with every candidate on the shortlist."""
+        job = self.runner.job(ask)
+        assert isinstance(job.inputs, RankInput)
+        whole = RankInput(job.inputs.question_ids, job.inputs.states, job.inputs.candidates, len(job.inputs.candidates))
+        again = Job("rank", job.adapter, whole, (), rows=1, tokens=1, cost=1.0, deadline=job.deadline)
+        return self.runner.run([again], 1 << 30)[0]
+
+    def __call__(self, ask: Ask, mixed: StageOutput) -> None:
+        self.counts[ask.stage] += 1
+        alone = self.alone(ask)
+        match alone, mixed:
+            case VisionOutput(), VisionOutput():
+                assert near(mixed.states, alone.states)
+                assert mixed.frames is not None and alone.frames is not None and near(mixed.frames, alone.frames)
+            case TextOutput(), TextOutput():
+                assert near(mixed.vector, alone.vector)
+            case MatchOutput(), MatchOutput():
+                assert near(mixed.logits, alone.logits)
+            case GenerateOutput(), GenerateOutput():
+                self._generated(ask, alone, mixed)
+            case RankOutput(), RankOutput():
+                self._ranked(ask, alone, mixed)
+            case _:
+                raise AssertionError(f"{type(alone)} alone, {type(mixed)} in the mix")
+
+    def _generated(self, ask: Ask, alone: GenerateOutput, mixed: GenerateOutput) -> None:
+        same = [h.ids for h in alone.hypotheses] == [h.ids for h in mixed.hypotheses]
+        if not same:
+            assert alone.gap < NEAR_TIE, "another answer in the mix"
+            self.counts["generate: another answer, but too close to call"] += 1
+            return
+        self.counts["generate: decided by less than 1e-4, same answer"] += alone.gap < NEAR_TIE
+        assert near(
+            torch.tensor([h.score for h in mixed.hypotheses]), torch.tensor([h.score for h in alone.hypotheses])
+        )
+
+    def _ranked(self, ask: Ask, alone: RankOutput, mixed: RankOutput) -> None:
+        asked, every = self.runner.job(ask).inputs, self.every(ask)
+        assert isinstance(asked, RankInput) and isinstance(every, RankOutput)
+        is_close = ranking_gap(alone, every, asked) < NEAR_TIE
+        if (alone.indices, alone.best) != (mixed.indices, mixed.best):
+            assert is_close, "another choice in the mix"
+            self.counts["rank: another choice, but too close to call"] += 1
+            return
+        self.counts["rank: decided by less than 1e-4, same choice"] += is_close
+        assert near(torch.tensor(mixed.scores), torch.tensor(alone.scores))
+        assert near(torch.tensor(mixed.first_token_probs), torch.tensor(alone.first_token_probs))
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("independence"))
+
+
+def test_no_answer_depends_on_its_batch(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    check = Check(runner)
+
+    @settings(
+        max_examples=NUM_EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(asks=st.lists(ASKS, min_size=2, max_size=9), max_rows=st.sampled_from((1, 4, 64)))
+    def mixes(asks: list[Ask], max_rows: int) -> None:
+        outputs = runner.run([runner.job(ask) for ask in asks], max_rows)
+        for ask, output in zip(asks, outputs, strict=True):
+            check(ask, output)
+
+    mixes()
+    with capsys.disabled():
+        print("\nalone against the mix:", ", ".join(f"{name} {count}" for name, count in sorted(check.counts.items())))
+    assert min(check.counts[stage] for stage in ("vision", "text", "match", "generate", "rank")) > NUM_EXAMPLES / 4
+
+
+@pytest.mark.parametrize("stage", ["vision", "text", "match", "generate", "rank"])
+def test_one_stage_with_every_adapter_at_once(runner: Runner, stage: Stage) -> None:
+    """All in one queue, twice over, in sizes that pad each other: several share every batch."""
+    check = Check(runner)
+    asks = [
+        Ask(stage, adapter, 3 + 2 * place, 1 + place % 3, 2 if stage == "vision" else 1 + place % 3, 3, 2, place % 4)
+        for place, adapter in enumerate([-1, 0, 1, 2, 3] * 2)
+    ]
+    outputs = runner.run([runner.job(ask) for ask in asks], 1 << 30)
+    for ask, output in zip(asks, outputs, strict=True):
+        check(ask, output)
+    summed = runner.metrics.registry.get_sample_value("bank_batch_adapters_sum", {"stage": stage})
+    counted = runner.metrics.registry.get_sample_value("bank_batch_adapters_count", {"stage": stage})
+    assert summed is not None and counted is not None and summed > counted
+
+
+def test_an_answer_does_depend_on_its_adapter(runner: Runner) -> None:
+    """Else the tests above would show nothing."""
+    for stage in ("vision", "text", "match", "generate", "rank"):
+        answers = [Check(runner).alone(Ask(stage, adapter, 7, 2, 2, 3, 4, 1)) for adapter in range(-1, len(ADAPTERS))]
+        assert len({_fingerprint(answer) for answer in answers}) == len(answers)
+
+
+def _fingerprint(output: StageOutput) -> tuple[float, ...]:
+    match output:
+        case VisionOutput():
+            assert output.frames is not None and output.frames.shape[-1] == EMBED_DIM
+            return (float(output.states.sum()), float(output.frames.sum()))
+        case TextOutput():
+            return tuple(output.vector.tolist())
+        case MatchOutput():
+            return tuple(output.logits.flatten().tolist())
+        case GenerateOutput():
+            return tuple(h.score for h in output.hypotheses)
+        case RankOutput():
+            return output.scores
