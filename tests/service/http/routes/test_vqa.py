@@ -1,0 +1,164 @@
+import base64
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.http.serving import Serving
+from tests.service.http.tiny import ANSWERS, ODD_ID, picture
+from tests.service.media.clips import make_clip
+
+PICTURE = {"base64": base64.b64encode(picture()).decode()}
+QUESTION: dict[str, Any] = {"adapter": "vqa", "question": "is the red circle big", "image": PICTURE}
+
+
+def ask(http: httpx.Client, path: str = "/v1/vqa", **changes: Any) -> httpx.Response:
+    return http.post(path, json={name: value for name, value in (QUESTION | changes).items() if value is not None})
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str | None]:
+    error = response.json()["error"]
+    return response.status_code, error["code"], error["param"]
+
+
+def test_a_question_about_a_picture_is_answered(http: httpx.Client) -> None:
+    response = ask(http)
+    assert response.status_code == 200
+    body = response.json()
+    assert body["adapter"]["name"] == "vqa" and body["adapter"]["version"] == 1 and body["adapter"]["alias"] == "prod"
+    assert body["alternatives"] and body["score"] >= body["alternatives"][0]["score"]
+    assert response.headers["x-adapter"] == "vqa@1"
+    for stage in ("receive", "decode", "vision", "generate"):
+        assert float(response.headers[f"x-stage-{stage}-ms"]) >= 0
+        assert f"{stage};dur=" in response.headers["server-timing"]
+
+
+def test_the_unversioned_path_is_the_same(http: httpx.Client) -> None:
+    assert ask(http, "/vqa").json() == ask(http, "/v1/vqa").json()
+
+
+def test_a_form_is_the_same(http: httpx.Client) -> None:
+    fields = json.dumps({"adapter": "vqa", "question": QUESTION["question"]})
+    files = {"image": ("any name", picture(), "any/type")}
+    assert http.post("/v1/vqa", data={"request": fields}, files=files).json() == ask(http).json()
+
+
+def test_the_field_of_a_form_may_be_a_file(http: httpx.Client) -> None:
+    fields = json.dumps({"adapter": "vqa", "question": QUESTION["question"]})
+    files: dict[str, Any] = {"request": ("request.json", fields, "application/json"), "image": ("x", picture())}
+    assert http.post("/v1/vqa", files=files).json() == ask(http).json()
+
+
+def test_a_clip_is_looked_at(http: httpx.Client) -> None:
+    fields = json.dumps({"adapter": "vqa@1", "question": "is it red"})
+    response = http.post("/v1/vqa", data={"request": fields}, files={"video": ("clip.mp4", make_clip(num_frames=12))})
+    assert response.status_code == 200
+    assert response.json()["adapter"]["alias"] is None
+
+
+@pytest.mark.parametrize("item", ["0.png", ODD_ID])
+def test_an_item_of_a_gallery_is_looked_at(http: httpx.Client, item: str) -> None:
+    assert ask(http, image={"gallery": "pictures", "item": item}).status_code == 200
+
+
+def test_answers_are_ranked_from_the_adapter_s_list(http: httpx.Client) -> None:
+    body = ask(http, decode={"mode": "rank"}).json()
+    assert {body["answer"], *(other["answer"] for other in body["alternatives"])} == set(ANSWERS)
+    assert ANSWERS[body["index"]] == body["answer"]
+
+
+def test_answers_are_ranked_from_given_candidates(http: httpx.Client) -> None:
+    body = ask(http, decode={"mode": "rank", "candidates": ["circle", "square"], "k": 1}).json()
+    assert body["answer"] in ("circle", "square") and body["alternatives"] == []
+
+
+def test_the_backbone_alone_answers(http: httpx.Client) -> None:
+    response = ask(http, adapter="__base__")
+    assert response.json()["adapter"] == {"name": "__base__", "version": None, "digest": "__base__", "alias": None}
+    assert response.headers["x-adapter"] == "__base__"
+
+
+def test_unknown_words_are_pointed_out(http: httpx.Client) -> None:
+    assert "zorkmid" in ask(http, question="where is the zorkmid").json()["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"adapter": "vqaa"}, (404, "adapter_not_found", "adapter")),
+        ({"adapter": "vqa@7"}, (404, "adapter_not_found", "adapter")),
+        ({"adapter": "../vqa"}, (422, "invalid_reference", "adapter")),
+        ({"adapter": "retrieval"}, (422, "bad_query", "adapter")),
+        ({"question": "red " * 40}, (422, "bad_query", "question")),
+        ({"question": "   "}, (422, "bad_query", "question")),
+        ({"image": {"base64": "!"}}, (422, "invalid_request", "image.base64")),
+        ({"image": {"base64": base64.b64encode(b"text").decode()}}, (422, "unsupported_media", None)),
+        ({"image": {"base64": base64.b64encode(picture()[:60]).decode()}}, (422, "corrupt_media", None)),
+        ({"image": {"url": "http://127.0.0.1/x.png"}}, (422, "media_url_refused", "image")),
+        ({"image": "http://127.0.0.1/x.png"}, (422, "media_url_refused", "image")),
+        ({"image": {"gallery": "pictures", "item": "none"}}, (404, "gallery_not_found", "item")),
+        ({"image": {"gallery": "none", "item": "0.png"}}, (404, "gallery_not_found", "gallery")),
+        ({"image": {"gallery": "texts", "item": "text-0"}}, (422, "bad_query", "gallery")),
+        ({"image": None}, (422, "invalid_request", None)),
+        ({"colour": "red"}, (422, "invalid_request", "colour")),
+        ({"decode": {"mode": "rank", "candidates": ["a"] * 21}}, (422, "invalid_request", "decode.candidates")),
+        ({"decode": {"mode": "rank", "k": 0}}, (422, "invalid_request", "decode.k")),
+        ({"decode": {"mode": "generate", "max_new_tokens": 40}}, (422, "bad_query", "decode.max_new_tokens")),
+    ],
+)
+def test_a_wrong_question_is_refused(
+    http: httpx.Client, changes: dict[str, Any], expected: tuple[int, str, str | None]
+) -> None:
+    assert error_of(ask(http, **changes)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '{"adapter": "vqa"} trailing'])
+def test_what_is_no_json_object_is_refused(http: httpx.Client, text: str) -> None:
+    response = http.post("/v1/vqa", content=text.encode("latin-1"), headers={"Content-Type": "application/json"})
+    assert error_of(response)[:2] == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_other_content_types_are_refused(http: httpx.Client, content_type: str) -> None:
+    response = http.post("/v1/vqa", content=b"{}", headers={"Content-Type": content_type})
+    assert error_of(response) == (415, "unsupported_content_type", "Content-Type")
+
+
+FIELD = json.dumps({"adapter": "vqa", "question": "what"})
+
+
+@pytest.mark.parametrize(
+    "parts, param",
+    [
+        ({"image": ("x", b"x")}, None),
+        ({"request": (None, FIELD)}, None),
+        ({"request": (None, FIELD), "image": (None, "text")}, "image"),
+        ({"request": (None, FIELD), "image": ("x", b"x"), "video": ("y", b"y")}, None),
+        ({"request": (None, FIELD), "picture": ("x", b"x")}, "picture"),
+        ({"request": (None, '{"adapter": 1}'), "image": ("x", b"x")}, "request.adapter"),
+    ],
+)
+def test_a_wrong_form_is_refused(http: httpx.Client, parts: dict[str, Any], param: str | None) -> None:
+    assert error_of(http.post("/v1/vqa", files=parts)) == (422, "invalid_request", param)
+
+
+def test_a_broken_form_is_refused(http: httpx.Client) -> None:
+    response = http.post(
+        "/v1/vqa", content=b"--x\r\nnonsense", headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    assert error_of(response)[:2] == (422, "invalid_request")
+
+
+def test_a_request_that_never_had_a_chance_is_late(http: httpx.Client) -> None:
+    response = http.post("/v1/vqa", json=QUESTION, headers={"X-Request-Timeout-Ms": "1"})
+    assert error_of(response)[:2] == (504, "deadline_exceeded")
+
+
+def test_only_registered_names_become_labels(http: httpx.Client, serving: Serving) -> None:
+    ask(http)
+    ask(http, adapter="made-up")
+    adapters = {
+        sample.labels["adapter"] for metric in serving.runtime.metrics.requests.collect() for sample in metric.samples
+    }
+    assert "vqa" in adapters and adapters <= {"", "vqa", "retrieval", "__base__"}

@@ -1,0 +1,74 @@
+"""Serve applications over real sockets, in a thread of this process."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from service.config import Settings
+from service.http.app import create_app
+from service.runtime import Runtime
+from tests.service.http.tiny import build_home
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running service: its settings, application and address."""
+
+    settings: Settings
+    app: FastAPI
+    url: str
+
+    @property
+    def runtime(self) -> Runtime:
+        """The parts behind it."""
+        runtime: Runtime = self.app.state.runtime
+        return runtime
+
+
+@contextmanager
+def serving_tiny(folder: Path) -> Iterator[Serving]:
+    """The whole service over the tiny home, built in `folder`."""
+    settings = build_home(folder)
+    app = create_app(settings)
+    with served(app) as url:
+        yield Serving(settings, app, url)
+
+
+@contextmanager
+def served(app: ASGIApp, *, lifespan: bool = True) -> Iterator[str]:
+    """The URL of `app` while the block lasts."""
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        access_log=False,
+        lifespan="on" if lifespan else "off",
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(_serve(server, listener, ready)))
+        thread.start()
+        try:
+            assert ready.wait(60), "the server takes too long to start"
+            assert server.started, "the server ended while starting"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket, ready: threading.Event) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    ready.set()
+    await serving
