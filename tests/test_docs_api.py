@@ -11,7 +11,9 @@ PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:
-    documented = {(code, int(status)) for status, code in re.findall(r"^\| (\d{3}) \| `([a-z_]+)` \|", PAGE, re.MULTILINE)}
+    documented = {
+        (code, int(status)) for status, code in re.findall(r"^\| (\d{3}) \| `([a-z_]+)` \|", PAGE, re.MULTILINE)
+    }
     http_only = [value for value in vars(errors).values() if isinstance(value, errors.Rule)]
     promised = {(rule.code, rule.status) for rule in (*errors.TABLE.values(), *http_only)}
     assert documented == promised

@@ -134,9 +134,12 @@ class Backbone:
         ]
         return TokenizedText(tuple(encoded["input_ids"]), tuple(dict.fromkeys(unknown)))
 
-    def tokenize_answer(self, text: str) -> tuple[int, ...]:
-        """[DEC] words [SEP] of a candidate answer."""
-        return (self.config.special_ids.bos, *self.tokenize(text).ids[1:])
+    def tokenize_answers(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """[DEC] words [SEP] of each candidate answer. Raises: MissingPart without a tokenizer."""
+        if self.tokenizer is None:
+            raise MissingPart("this backbone was imported without a tokenizer and takes token ids only")
+        encoded = self.tokenizer(list(texts))["input_ids"]
+        return [(self.config.special_ids.bos, *ids[1:]) for ids in encoded]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The words of generated ids, special tokens left out; the ids themselves without a tokenizer."""

@@ -176,7 +176,8 @@ class Engine:
         except Exception as error:
             if _is_fatal(error):
                 raise
-            return True  # it fails alone when it runs, with its own error
+            # Alive, it fails alone when it runs, with its own error; dead, it is let go next round.
+            return not self._is_dead(job)
 
     def _observe(self, batch: Batch, num_adapters: int, seconds: float) -> None:
         self._metrics.batch_seconds.labels(batch.stage).observe(seconds)
@@ -259,7 +260,7 @@ def _set_error(result: Result | None, error: BaseException) -> None:
 
 def default_threads() -> int:
     """All processors but one, which is left to the event loop and the media workers: threads that share one stall."""
-    return max(1, (os.cpu_count() or 1) - 1)
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -5,6 +5,7 @@ frames   each candidate's frames pooled with weights from the query (frame-aware
 match    the cross-encoder's matching logit, frame-aware attention inside
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from adapters.families.uniadapter import FRAME_TEMPERATURE, options_of
 from adapters.registry.base import GalleryRecord
 from service.admission import Admission
 from service.backbone.cost import text_cost, tokens_per_frame, vision_cost
-from service.errors import BadQuery, IndexStale, TooLarge
-from service.gallery.frames import frame_attention_weights, pool, rerank_frames
+from service.errors import BadQuery, IndexStale
+from service.gallery.frames import FrameScores, frame_attention_weights, pool, rerank_frames
+from service.gallery.index import SearchResult
 from service.gallery.store import Gallery
 from service.loader import Loader, Pin
 from service.metrics import Metrics
@@ -146,20 +148,21 @@ class RetrievePipeline:
                     return await self._search(query, record, gallery, pin, depth, medium, context)
 
     def _depth(self, query: RetrieveQuery, gallery: Gallery) -> int:
-        """How many candidates are looked at again. Raises: BadQuery, TooLarge."""
+        """How many candidates are looked at again. Raises: BadQuery."""
         if not 1 <= query.k <= self._max_k:
             raise BadQuery(f"k must be between 1 and {self._max_k}, not {query.k}", param="k")
         if query.rerank == "none":
             return 0
-        wanted = query.rerank_depth if query.rerank_depth is not None else max(query.k, DEFAULT_RERANK_DEPTH)
+        limit = self._max_rerank_depth
+        usual = max(min(query.k, len(gallery)), min(DEFAULT_RERANK_DEPTH, limit))
+        wanted = query.rerank_depth if query.rerank_depth is not None else usual
         if wanted < min(query.k, len(gallery)):
             raise BadQuery(
                 f"rerank_depth {wanted} is below k {query.k}: some hits would have no such score", param="rerank_depth"
             )
-        depth = min(wanted, len(gallery))
-        if depth > self._max_rerank_depth:
-            raise TooLarge(f"rerank_depth {depth} is above the limit of {self._max_rerank_depth}", param="rerank_depth")
-        return depth
+        if wanted > limit:
+            raise BadQuery(f"rerank_depth {wanted} is above the limit of {limit}", param="rerank_depth")
+        return min(wanted, len(gallery))
 
     def _reference(self, query: RetrieveQuery, record: GalleryRecord) -> str:
         """The adapter asked for; else the version the gallery was embedded with."""
@@ -220,17 +223,16 @@ class RetrievePipeline:
         self._check_rerank(query, gallery)
         encoded = await self._encode(query, gallery, pin, medium, context)
         with self._metrics.stage("search", context):
-            found = gallery.index.search(encoded.vector[None], max(query.k, depth))
+            found = await asyncio.to_thread(_search, gallery, encoded.vector, max(query.k, depth))
         candidates = Candidates([int(p) for p in found.positions[0]], {"search": found.scores[0]}, "search")
         if query.rerank == "frames":
             with self._metrics.stage("frames", context):
-                frames, lengths = gallery.frames_of(candidates.positions)
-                reranked = rerank_frames(encoded.vector, frames, lengths, gallery.manifest.tau)
+                reranked = await asyncio.to_thread(_rerank, gallery, encoded.vector, candidates.positions)
             candidates = candidates.ordered("frames", reranked.scores, reranked.weights)
         elif query.rerank == "match":
             logits, weights = await self._match(encoded, gallery, candidates.positions, pin, context)
             candidates = candidates.ordered("match", blend(logits, candidates.scores["search"]), weights)
-        hits = tuple(self._hits(gallery, candidates.head(query.k)))
+        hits = tuple(await asyncio.to_thread(_hits, gallery, candidates.head(query.k)))
         info = pin.info
         if query.adapter is None and pin.digest != BASE_ADAPTER:  # found by its weights, which others may share
             info = AdapterInfo(gallery.manifest.adapter.name, gallery.manifest.adapter.version, pin.digest)
@@ -306,28 +308,38 @@ class RetrievePipeline:
         weights = [_softmax(s) if s is not None else np.empty(0, np.float32) for s in similarities]
         return np.asarray(output.logits.numpy(), np.float32), weights
 
-    def _hits(self, gallery: Gallery, candidates: Candidates) -> list[Hit]:
-        hits = []
-        for rank, position in enumerate(candidates.positions):
-            item = gallery.item(position)
-            frames: tuple[FrameWeight, ...] = ()
-            if candidates.weights is not None and item.frame_times_s:
-                weights = candidates.weights[rank].tolist()
-                frames = tuple(FrameWeight(t, w) for t, w in zip(item.frame_times_s, weights, strict=False))
-            scores = {stage: float(values[rank]) for stage, values in candidates.scores.items()}
-            hits.append(
-                Hit(
-                    id=item.id,
-                    score=scores[candidates.by],
-                    scores=scores,
-                    metadata=item.metadata,
-                    text=item.text,
-                    frames=frames,
-                    has_thumbnail=gallery.thumbnail(position) is not None,
-                    has_media=item.media is not None,
-                )
+
+def _search(gallery: Gallery, vector: Floats, k: int) -> SearchResult:
+    return gallery.index.search(vector[None], k, num_threads=1)
+
+
+def _rerank(gallery: Gallery, vector: Floats, positions: Sequence[int]) -> FrameScores:
+    frames, lengths = gallery.frames_of(positions)
+    return rerank_frames(vector, frames, lengths, gallery.manifest.tau)
+
+
+def _hits(gallery: Gallery, candidates: Candidates) -> list[Hit]:
+    hits = []
+    for rank, position in enumerate(candidates.positions):
+        item = gallery.item(position)
+        frames: tuple[FrameWeight, ...] = ()
+        if candidates.weights is not None and item.frame_times_s:
+            weights = candidates.weights[rank].tolist()
+            frames = tuple(FrameWeight(t, w) for t, w in zip(item.frame_times_s, weights, strict=False))
+        scores = {stage: float(values[rank]) for stage, values in candidates.scores.items()}
+        hits.append(
+            Hit(
+                id=item.id,
+                score=scores[candidates.by],
+                scores=scores,
+                metadata=item.metadata,
+                text=item.text,
+                frames=frames,
+                has_thumbnail=gallery.thumbnail(position) is not None,
+                has_media=item.media is not None,
             )
-        return hits
+        )
+    return hits
 
 
 def _weighs_frames(pin: Pin) -> bool:

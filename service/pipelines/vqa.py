@@ -1,5 +1,6 @@
 """Questions about pictures and clips: pin -> permit -> decode -> vision -> generate or rank."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -70,7 +71,7 @@ class VqaPipeline:
         candidates: Candidates = ()
         texts: Sequence[str] = ()
         if isinstance(query.decode, RankDecode):
-            candidates, texts = self._candidates(query.decode, decoding, pin)
+            candidates, texts = await asyncio.to_thread(self._candidates, query.decode, decoding, pin)
         medium = await self._medium(query.media)
         cost = self._cost(query, pin, len(question.ids), candidates)
         num_bytes = len(query.media.data) if isinstance(query.media, MediaBytes) else 0
@@ -124,26 +125,25 @@ class VqaPipeline:
             return decoding.answer_ids, [backbone.detokenize(ids) for ids in decoding.answer_ids]
         if not decoding.answers:
             raise BadQuery(f"{pin.info.name} brings no answer list: give decode.candidates", param="decode.candidates")
-        if pin.digest not in self._answer_lists:
-            self._answer_lists[pin.digest] = self._tokenized(decoding.answers)
+        known = self._answer_lists.get(pin.digest)
+        if known is None:
+            known = self._answer_lists[pin.digest] = self._tokenized(decoding.answers)
             if len(self._answer_lists) > CACHED_ANSWER_LISTS:
                 self._answer_lists.popitem(last=False)
-        return self._answer_lists[pin.digest], decoding.answers
+        return known, decoding.answers
 
     def _tokenized(self, texts: Sequence[str]) -> Candidates:
         backbone = self._stages.backbone
         stack = backbone.config.decoder
         assert stack is not None
-        tokenized = []
-        for index, text in enumerate(texts):
-            ids = backbone.tokenize_answer(text)
+        tokenized = backbone.tokenize_answers(texts)
+        for index, ids in enumerate(tokenized):
             if len(ids) < 3:
                 raise BadQuery(f"candidate {index} has no words", param="decode.candidates")
             if len(ids) > stack.max_positions:
                 raise BadQuery(
                     f"candidate {index} has {len(ids)} tokens; {stack.max_positions} fit", param="decode.candidates"
                 )
-            tokenized.append(ids)
         return tuple(tokenized)
 
     def _cost(self, query: VqaQuery, pin: Pin, length: int, candidates: Candidates) -> float:

@@ -4,13 +4,12 @@ from fastapi import APIRouter, Request
 
 from adapters import errors as adapter_errors
 from service import errors as service_errors
-from service.config import MIB, Settings
+from service.config import MIB
 from service.http.bodies import read_retrieve
 from service.http.dependencies import ExchangeDep, RuntimeDep
-from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, responses
+from service.http.errors import WRONG_CONTENT_TYPE, responses
 from service.http.openapi import request_body
 from service.http.schemas import RetrieveFields, RetrieveReply, RetrieveRequest
-from service.types import RetrieveQuery
 
 router = APIRouter(
     tags=["ask"],
@@ -42,16 +41,6 @@ async def search(request: Request, runtime: RuntimeDep, exchange: ExchangeDep) -
     settings = runtime.settings
     with runtime.metrics.stage("receive", exchange.context):
         query = await read_retrieve(request, max_bytes=settings.max_request_mib * MIB)
-    check_limits(query, settings)
     answer = await runtime.retrieve.search(query, exchange.context)
     exchange.adapter = answer.adapter
     return RetrieveReply.of(answer)
-
-
-def check_limits(query: RetrieveQuery, settings: Settings) -> None:
-    """Raises: RefusedRequest for more hits, or more candidates to look at again, than the server is set to give."""
-    if query.k > settings.max_k:
-        raise RefusedRequest(f"at most {settings.max_k} hits, not {query.k}", param="k")
-    if query.rerank_depth is not None and query.rerank_depth > settings.max_rerank_depth:
-        message = f"at most {settings.max_rerank_depth} candidates, not {query.rerank_depth}"
-        raise RefusedRequest(message, param="rerank_depth")

@@ -145,7 +145,7 @@ def test_texts(backbone: Backbone) -> None:
     found = backbone.tokenize("a red zeppelin")
     assert found.ids[0] == special.cls and found.ids[-1] == special.sep
     assert found.unknown == ("zeppelin",)
-    answer = backbone.tokenize_answer("red")
+    answer = backbone.tokenize_answers(["red"])[0]
     assert answer[0] == special.bos and answer[-1] == special.sep and len(answer) == 3
     assert backbone.detokenize((*answer, special.pad)) == "red"
 

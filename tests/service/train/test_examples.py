@@ -38,7 +38,7 @@ def test_answers_are_weighted_and_listed_by_frequency(tmp_path: Path, backbone: 
     )
     examples = read_examples(path, "vqa", backbone)
     assert examples.answers == ("green", "red", "blue")
-    red, blue = (backbone.tokenize_answer(word) for word in ("red", "blue"))
+    red, blue = backbone.tokenize_answers(["red", "blue"])
     assert examples.examples[0].answers == (red, blue)
     assert examples.examples[0].weights == pytest.approx((0.25, 0.75))
     assert examples.examples[1].weights == (1.0,) and examples.examples[2].weights == (1.0, 0.25)

@@ -1,0 +1,476 @@
+"""References to adapters on the host: loads happen once, failures reach who waits, and the registry may come and go."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from adapters.artifacts import LocalArtifactStore
+from adapters.config import BASE_ADAPTER
+from adapters.errors import (
+    AdapterNotFound,
+    ArtifactNotFound,
+    BackboneMismatch,
+    DigestMismatch,
+    InvalidReference,
+    MissingPart,
+    RankTooLarge,
+    RegistryUnavailable,
+)
+from adapters.registry.base import Snapshot
+from adapters.registry.sqlite import SqliteRegistry
+from service.backbone.base import load_backbone
+from service.bank import AdapterBank, Buckets
+from service.errors import NotReady
+from service.loader import Loader, Pin
+from service.metrics import Metrics
+from service.runtime import HomeFolders
+from tests.service.test_bank import holders
+from tests.service.worlds import World, make_bank, write_tiny_backbone
+
+WAIT_S = 30.0
+
+
+class Artifacts(LocalArtifactStore):
+    """A store that counts, and can keep its callers waiting or send them away."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: Counter[str] = Counter()
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.has_begun = threading.Event()
+        self.error: Exception | None = None
+
+    def path(self, digest: str) -> Path:
+        self.asked[digest] += 1
+        self.has_begun.set()
+        assert self.is_open.wait(WAIT_S)
+        if self.error is not None:
+            raise self.error
+        return super().path(digest)
+
+
+class Watched(SqliteRegistry):
+    """A registry that counts how often it is looked at, and can be away."""
+
+    num_looks = 0
+    is_away = False
+
+    def snapshot(self) -> Snapshot:
+        self.num_looks += 1
+        if self.is_away:
+            raise RegistryUnavailable("it is away")
+        return super().snapshot()
+
+
+class Bench:
+    """A loader with everything around it."""
+
+    def __init__(self, world: World, *, buckets: Buckets, host_bytes: int) -> None:
+        folders = HomeFolders(world.settings.home)
+        self.world = world
+        self.registry = Watched(folders.registry)
+        self.artifacts = Artifacts(folders.artifacts)
+        self.bank: AdapterBank = make_bank(world.backbone, buckets, host_bytes)
+        self.metrics = Metrics()
+        self.loader = Loader(self.registry, self.artifacts, world.backbone, self.bank, self.metrics)
+
+    def num_loads(self) -> int:
+        return sum(self.artifacts.asked.values())
+
+    async def pinned(self, reference: str, until: asyncio.Event | None = None) -> Pin:
+        async with self.loader.pin(reference) as pin:
+            assert pin.digest == BASE_ADAPTER or self.bank.adapter(pin.digest)
+            if until is not None:
+                await until.wait()
+            return pin
+
+
+@pytest.fixture
+def copied(world: World, tmp_path: Path) -> World:
+    return world.copy(tmp_path)
+
+
+Story = Callable[[Bench], Coroutine[Any, Any, None]]
+
+
+class Run(Protocol):
+    """What the fixture `run` gives."""
+
+    def __call__(self, story: Story, *, buckets: Buckets = ((4, 2), (8, 1)), host_bytes: int = 1 << 30) -> Bench: ...
+
+
+@pytest.fixture
+def run(copied: World) -> Run:
+    """Run a story with a bench of its own; afterwards nothing may be held."""
+
+    def runner(story: Story, *, buckets: Buckets = ((4, 2), (8, 1)), host_bytes: int = 1 << 30) -> Bench:
+        bench = Bench(copied, buckets=buckets, host_bytes=host_bytes)
+        asyncio.run(_told(story, bench))
+        assert holders(bench.bank) == 0
+        assert bench.loader._loads == {}
+        return bench
+
+    return runner
+
+
+async def _told(story: Story, bench: Bench) -> None:
+    async with closing(bench):
+        await story(bench)
+
+
+@asynccontextmanager
+async def closing(bench: Bench) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        bench.artifacts.is_open.set()
+        await bench.loader.close()
+        bench.registry.close()
+
+
+# --- what a reference means ----------------------------------------------------------------------------------
+
+
+def test_every_kind_of_reference_finds_its_version(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        second = bench.world.push("ask", seed=50)
+        by_name = await bench.pinned("ask")
+        assert (by_name.info.version, by_name.info.alias) == (1, "prod")
+        by_number = await bench.pinned("ask@2")
+        assert (by_number.info.version, by_number.info.alias, by_number.digest) == (2, None, second.weights_digest)
+        for digest in (second.weights_digest, second.package_digest):
+            found = await bench.pinned(digest)
+            assert (found.info.name, found.info.version, found.digest) == ("ask", 2, second.weights_digest)
+        assert by_name.config is not None
+        assert by_name.config.task == "vqa"
+        base = await bench.pinned(BASE_ADAPTER)
+        assert (base.digest, base.config, base.info.name) == (BASE_ADAPTER, None, BASE_ADAPTER)
+
+    assert run(story).num_loads() == 2
+
+
+def test_names_nobody_knows_are_looked_up_once_more_and_then_refused(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        looks = bench.registry.num_looks
+        with pytest.raises(AdapterNotFound, match="nearest: ask"):
+            await bench.pinned("aks")
+        assert bench.registry.num_looks == looks + 1
+        for wrong in ("../etc", "ask@", "Ask", "ask@0"):
+            with pytest.raises(InvalidReference):
+                await bench.pinned(wrong)
+        assert bench.registry.num_looks == looks + 1
+
+    assert run(story).num_loads() == 0
+
+
+def test_what_was_pushed_a_moment_ago_is_found(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.world.push("brand-new", seed=51)
+        assert (await bench.pinned("brand-new")).info.version == 1
+
+    run(story)
+
+
+# --- loading -------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_cold_requests_load_once(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.is_open.clear()
+        tasks = [asyncio.create_task(bench.pinned("ask")) for _ in range(20)]
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        bench.artifacts.is_open.set()
+        pins = await asyncio.gather(*tasks)
+        assert len({pin.digest for pin in pins}) == 1
+        assert bench.num_loads() == 1
+        await bench.pinned("ask")
+        assert bench.num_loads() == 1
+
+    bench = run(story)
+    assert bench.metrics.registry.get_sample_value("bank_adapter_load_seconds_count", {"tier": "disk"}) == 1
+
+
+def test_two_names_of_the_same_weights_load_once(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.world.push("twin", seed=1)  # the weights of `ask`
+        await asyncio.gather(bench.pinned("ask"), bench.pinned("twin"))
+        assert bench.num_loads() == 1
+
+    run(story)
+
+
+def test_a_failed_load_reaches_everybody_who_waits_and_the_next_request_tries_again(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.error = OSError("the disk is gone")
+        bench.artifacts.is_open.clear()
+        tasks = [asyncio.create_task(bench.pinned("ask")) for _ in range(5)]
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        bench.artifacts.is_open.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [OSError] * 5
+        assert bench.num_loads() == 1
+        bench.artifacts.error = None
+        assert (await bench.pinned("ask")).info.name == "ask"
+        assert bench.num_loads() == 2
+
+    run(story)
+
+
+def test_one_who_stops_waiting_takes_the_load_from_nobody(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.is_open.clear()
+        impatient, patient = (asyncio.create_task(bench.pinned("ask")) for _ in range(2))
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        impatient.cancel()
+        assert isinstance((await asyncio.gather(impatient, return_exceptions=True))[0], asyncio.CancelledError)
+        bench.artifacts.is_open.set()
+        assert (await patient).info.name == "ask"
+        assert bench.num_loads() == 1
+
+    run(story)
+
+
+def test_a_load_that_everybody_left_ends_quietly_and_is_there_for_the_next(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.is_open.clear()
+        waiting = [asyncio.create_task(bench.pinned("ask")) for _ in range(3)]
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        load = next(iter(bench.loader._loads.values()))
+        bench.artifacts.is_open.set()
+        await asyncio.wrap_future(load.future)
+        await bench.pinned("ask")
+        assert bench.num_loads() == 1
+
+    run(story)
+
+
+def test_a_load_that_fails_after_everybody_left_disturbs_nobody(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.is_open.clear()
+        bench.artifacts.error = OSError("the disk is gone")
+        waiting = asyncio.create_task(bench.pinned("ask"))
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(story)
+
+
+def test_a_host_cache_smaller_than_one_adapter_still_serves_everybody(run: Run) -> None:
+    """Each cold request must get the hold it waited for, although every other load evicts what nobody holds."""
+
+    async def story(bench: Bench) -> None:
+        names = ("ask", "tell", "look", "find", "frames", "heads")
+        pins = await asyncio.gather(*[bench.pinned(name) for name in names * 5])
+        assert [pin.info.name for pin in pins] == [*names * 5]
+        assert bench.bank.residency()["host"] == {}
+
+    run(story, host_bytes=1)
+
+
+def test_loads_of_many_adapters_end_however_their_requests_end(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        names = ("ask", "tell", "look", "find", "frames", "heads", "nobody")
+        tasks = [asyncio.create_task(bench.pinned(names[i % 7])) for i in range(70)]
+        for i, task in enumerate(tasks):
+            if i % 3 == 0:
+                await asyncio.sleep(0)
+                task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        kinds = {type(outcome) for outcome in outcomes}
+        assert kinds <= {Pin, asyncio.CancelledError, AdapterNotFound}
+        assert Pin in kinds
+
+    run(story, host_bytes=1)
+
+
+# --- what must not be loaded ---------------------------------------------------------------------------------
+
+
+def test_an_artifact_that_is_gone_says_so(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.delete(bench.loader.snapshot.version("ask", 1).package_digest)
+        with pytest.raises(ArtifactNotFound):
+            await bench.pinned("ask")
+
+    run(story)
+
+
+def test_a_package_that_changed_on_disk_is_refused_instead_of_loaded_again_and_again(run: Run) -> None:
+    """Valid in itself, but not what the digest names: another adapter's files in its place."""
+
+    async def story(bench: Bench) -> None:
+        ask, find = (bench.loader.snapshot.version(name, 1).package_digest for name in ("ask", "find"))
+        for file in bench.artifacts.path(ask).iterdir():
+            file.write_bytes((bench.artifacts.path(find) / file.name).read_bytes())
+        with pytest.raises(DigestMismatch, match="ask@1 is damaged"):
+            await bench.pinned("ask")
+
+    run(story)
+
+
+def test_a_rank_that_no_slot_holds_is_refused(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        with pytest.raises(RankTooLarge, match="rank 8"):
+            await bench.pinned("look")
+        assert (await bench.pinned("ask")).info.name == "ask"
+
+    run(story, buckets=((4, 1),))
+
+
+def test_adapters_of_another_backbone_or_of_missing_parts_are_refused(world: World, tmp_path: Path) -> None:
+    copied = world.copy(tmp_path)
+    write_tiny_backbone(tmp_path / "other", with_decoder=False)
+    other = World(copied.settings, load_backbone(tmp_path / "other"), world.packages)
+    bench = Bench(other, buckets=((8, 1),), host_bytes=1 << 30)
+
+    async def story(bench: Bench) -> None:
+        with pytest.raises((MissingPart, BackboneMismatch)):
+            await bench.pinned("ask")
+        with pytest.raises((MissingPart, BackboneMismatch)):
+            await bench.pinned("find")
+
+    asyncio.run(_told(story, bench))
+    assert bench.bank.residency()["host"] == {}
+
+
+def test_a_backbone_with_uneven_towers_serves_base_alone(world: World, tmp_path: Path) -> None:
+    copied = world.copy(tmp_path)
+    write_tiny_backbone(tmp_path / "uneven", text_layers=1)
+    bench = Bench(copied, buckets=((8, 1),), host_bytes=1 << 30)
+    bench.bank.dims = None
+    bench.loader._backbone = load_backbone(tmp_path / "uneven")
+
+    async def story(bench: Bench) -> None:
+        with pytest.raises(MissingPart, match="__base__ only"):
+            await bench.pinned("ask")
+        await bench.pinned(BASE_ADAPTER)
+
+    asyncio.run(_told(story, bench))
+
+
+# --- the registry comes and goes -----------------------------------------------------------------------------
+
+
+def test_an_alias_that_moves_leaves_pinned_requests_on_what_they_resolved_to(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        done = asyncio.Event()
+        old = asyncio.create_task(bench.pinned("ask", until=done))
+        while not holders(bench.bank):
+            await asyncio.sleep(0)
+        second = bench.world.push("ask", seed=52)
+        bench.registry.set_alias("ask", "prod", 2)
+        bench.registry.set_status("ask", 1, "retired")
+        await bench.loader.refresh()
+        new = await bench.pinned("ask")
+        assert (new.info.version, new.digest) == (2, second.weights_digest)
+        assert bench.bank.adapter(bench.registry.snapshot().version("ask", 1).weights_digest)
+        done.set()
+        assert (await old).info.version == 1
+        with pytest.raises(AdapterNotFound, match="retired"):
+            await bench.pinned("ask@1")
+
+    run(story, host_bytes=1)
+
+
+def test_serving_goes_on_while_the_registry_is_away(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(bench: Bench) -> None:
+        known = bench.loader.snapshot
+        bench.registry.is_away = True
+        for _ in range(3):
+            await bench.loader.refresh()
+        assert bench.loader.registry_error == "it is away"
+        assert bench.loader.snapshot is known
+        assert (await bench.pinned("ask")).info.name == "ask"
+        with pytest.raises(AdapterNotFound):
+            await bench.pinned("nobody")
+        bench.registry.is_away = False
+        await bench.loader.refresh()
+        assert bench.loader.registry_error is None
+
+    run(story)
+    assert len([record for record in caplog.records if "serving goes on" in record.message]) == 1
+
+
+def test_a_registry_with_another_history_or_an_older_state_is_lost_and_not_empty(run: Run, tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        known = bench.loader.snapshot
+        empty = SqliteRegistry(tmp_path / "another.sqlite")
+        bench.loader._registry = empty
+        await bench.loader.refresh()
+        assert bench.loader.snapshot is known
+        assert bench.loader.registry_error is not None
+        assert (await bench.pinned("ask")).info.name == "ask"
+        empty.close()
+        bench.loader._registry = bench.registry
+        await bench.loader.refresh()
+        assert bench.loader.registry_error is None
+
+    run(story)
+
+
+def test_the_watcher_sees_changes_and_survives_whatever_a_look_throws(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.loader.POLL_INTERVAL_S", 0.001)
+
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def story(bench: Bench) -> None:
+        bench.loader.start()
+        bench.world.push("later", seed=53)
+        await until(lambda: "later" in bench.loader.snapshot.adapters)
+        good = bench.loader._registry
+        bench.loader._registry = None  # type: ignore[assignment]
+        await until(lambda: "looking at the registry failed" in caplog.text)
+        bench.loader._registry = good
+        bench.world.push("latest", seed=54)
+        await until(lambda: "latest" in bench.loader.snapshot.adapters)
+
+    bench = run(story)
+    sample = bench.metrics.registry.get_sample_value("bank_registry_generation")
+    assert sample == bench.loader.snapshot.generation > 0
+
+
+def test_looking_again_at_an_unchanged_registry_reads_no_records(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        before = bench.loader.snapshot
+        for _ in range(3):
+            await bench.loader.refresh()
+        assert bench.loader.snapshot is before
+
+    run(story)
+
+
+# --- the end -------------------------------------------------------------------------------------------------
+
+
+def test_closing_tells_those_whose_load_never_began(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.artifacts.is_open.clear()
+        tasks = [asyncio.create_task(bench.pinned(name)) for name in ("ask", "tell", "look", "find", "heads")]
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        closing = asyncio.create_task(bench.loader.close())
+        while not all(t.done() for t in tasks[2:]):  # two load threads: the others wait in their queue
+            await asyncio.sleep(0)
+        bench.artifacts.is_open.set()
+        await closing
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Pin, Pin, NotReady, NotReady, NotReady]
+        with pytest.raises(NotReady):
+            await bench.pinned("frames")
+
+    run(story)
