@@ -45,6 +45,7 @@ def test_a_misspelt_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
         ("slots", "64"),
         ("slots", "64:1,64:2"),
         ("feature_cache_mib", -1),
+        ("max_candidates", 50_001),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,17 @@ def test_long_lists_are_scored_in_parts(backbone: Backbone, monkeypatch: pytest.
         assert a.scores == pytest.approx(b.scores, abs=1e-5)
 
 
+def test_ranking_that_is_told_to_stop_scores_no_further_part(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, special = backbone.model, backbone.config.special_ids
+    candidates = [[(special.bos, 8 + i, special.sep) for i in range(11)]]
+    monkeypatch.setattr("service.backbone.decoding.MAX_CANDIDATE_ROWS", 3)
+    answers = iter([True, True, False])
+    (found,) = rank_answers(model, memory_of(model, 1), None, candidates, [11], keep_going=lambda: next(answers))
+    assert [score > float("-inf") for score in found.scores] == [True] * 6 + [False] * 5
+
+
 def test_padding_is_on_the_right() -> None:
     ids, mask = pad_ids([(1, 2, 3), (4,)], 0, torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]

@@ -35,6 +35,14 @@ def wait_for_after(announce: Path, path: Path) -> None:
     wait_for(path)
 
 
+def meet(folder: Path, num_workers: int) -> int:
+    """Hold the worker until so many have come to the folder: only different workers can."""
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < num_workers:
+        time.sleep(0.005)
+    return os.getpid()
+
+
 def spin_deaf() -> None:
     """Never end, whatever signal asks for it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

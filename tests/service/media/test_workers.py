@@ -125,7 +125,7 @@ def test_a_worker_imports_little(pool: MediaWorkers) -> None:
     assert not modules & {"torch", "transformers", "fastapi", "redis", "faiss", "pytest", "asyncio"}
 
 
-def test_a_hung_call_times_out_and_only_that_call() -> None:
+def test_a_hung_call_times_out_and_only_that_call(tmp_path: Path) -> None:
     with MediaWorkers(2, MediaLimits(timeout_s=4.0)) as workers:
         workers.start()
         hung = workers.submit(tasks.spin_deaf)
@@ -136,7 +136,7 @@ def test_a_hung_call_times_out_and_only_that_call() -> None:
             hung.result(PATIENCE_S)
         survivor = pids.pop()
         assert not pids
-        holders = [workers.submit(tasks.sleep, 0.5) for _ in range(2)]
+        holders = [workers.submit(tasks.meet, tmp_path, 2) for _ in range(2)]
         both = {holder.result(PATIENCE_S) for holder in holders}
         assert survivor in both
         assert len(both) == 2  # the killed one was replaced
@@ -292,7 +292,7 @@ def test_close_ends_everything(tmp_path: Path) -> None:
     num_files = num_open_files()
     workers = MediaWorkers(2)
     workers.start()
-    pids = {future.result(PATIENCE_S) for future in [workers.submit(tasks.sleep, 0.3) for _ in range(2)]}
+    pids = {future.result(PATIENCE_S) for future in [workers.submit(tasks.meet, tmp_path, 2) for _ in range(2)]}
     running = [workers.submit(tasks.spin_deaf) for _ in range(2)]
     wait_until(lambda: all(future.running() for future in running))
     queued = workers.submit(tasks.pid)

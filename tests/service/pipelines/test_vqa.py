@@ -196,6 +196,7 @@ def test_stage_times_are_told(service: Service) -> None:
         (asked(decode=RankDecode(("red", "  "))), BadQuery, "candidate 1 has no words"),
         (asked(decode=RankDecode(("red " * 30,))), BadQuery, "candidate 0 has 32 tokens; 24 fit"),
         (asked(decode=RankDecode(tuple(str(i) for i in range(31)))), TooLarge, "31 candidates; at most 30"),
+        (asked(decode=RankDecode(("red " * 25_000,) * 21)), TooLarge, "more than 2000000 characters"),
         (asked(decode=GenerateDecode(max_new_tokens=24)), BadQuery, "at most 23"),
         (asked(media=GalleryMedia("nowhere", "x")), GalleryNotFound, "nowhere"),
         (asked(media=MediaBytes("image", b"no picture")), UnsupportedMedia, None),

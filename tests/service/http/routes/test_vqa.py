@@ -119,6 +119,20 @@ def test_what_is_no_json_object_is_refused(http: httpx.Client, text: str) -> Non
     assert error_of(response)[:2] == (422, "invalid_request")
 
 
+def test_json_of_countless_parts_is_refused_unparsed(http: httpx.Client) -> None:
+    for text in ("[" + "[]," * 100_000 + "[]]", "{" + ",".join(f'"k{i}":1' for i in range(100_001)) + "}"):
+        response = http.post("/v1/vqa", content=text, headers={"Content-Type": "application/json"})
+        assert error_of(response)[:2] == (413, "too_large")
+        response = http.post("/v1/vqa", data={"request": text}, files={"image": picture()})
+        assert error_of(response) == (413, "too_large", "request")
+
+
+def test_countless_wrong_fields_are_counted_and_not_listed(http: httpx.Client) -> None:
+    response = ask(http, **{f"k{i}": 1 for i in range(1001)})
+    assert error_of(response)[:2] == (422, "invalid_request")
+    assert response.json()["error"]["message"] == "1001 fields are wrong"
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_other_content_types_are_refused(http: httpx.Client, content_type: str) -> None:
     response = http.post("/v1/vqa", content=b"{}", headers={"Content-Type": content_type})
@@ -147,6 +161,15 @@ def test_a_broken_form_is_refused(http: httpx.Client) -> None:
     response = http.post(
         "/v1/vqa", content=b"--x\r\nnonsense", headers={"Content-Type": "multipart/form-data; boundary=x"}
     )
+    assert error_of(response)[:2] == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("charset", ["utf-7", "raw_unicode_escape", "punycode", "undefined"])
+def test_a_form_whose_charset_gives_no_text_is_refused(http: httpx.Client, charset: str) -> None:
+    field = b'--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n{"adapter": "+2AA-\\ud800"}\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--x--\r\n'
+    content_type = f"multipart/form-data; boundary=x; charset={charset}"
+    response = http.post("/v1/vqa", content=field + file, headers={"Content-Type": content_type})
     assert error_of(response)[:2] == (422, "invalid_request")
 
 
