@@ -4,7 +4,7 @@ A batch depends on (world, seed, step) alone, so any run can be resumed or repea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.config import CLIP_MEAN, CLIP_STD
 from adapters.training.data import AnswerBatch, RetrievalBatch
+from service.demo.wording import DESCRIBE
 from service.demo.world import Item, sample
 
 
@@ -58,17 +59,30 @@ def retrieval_batch(items: Sequence[Item], texts: Texts) -> RetrievalBatch:
 
 
 def answer_batch(items: Sequence[Item], texts: Texts, num_questions: int, rng: Random) -> AnswerBatch:
-    """Up to `num_questions` questions of every item, one answer each, weight 1 per picture and question."""
+    """Up to `num_questions` questions of every item, one answer each; weighted so that the loss is a mean over answers."""
     asked, clips = [], []
     for clip, item in enumerate(items):
         chosen = rng.sample(item.questions, min(num_questions, len(item.questions)))
-        asked += chosen
+        asked += [(qa.question, qa.answer) for qa in chosen]
         clips += [clip] * len(chosen)
-    question_ids, question_mask = texts.encode([qa.question for qa in asked])
-    answer_ids, answer_mask = texts.encode_answers([qa.answer for qa in asked])
+    return _questions(items, asked, clips, texts)
+
+
+def description_batch(items: Sequence[Item], texts: Texts) -> AnswerBatch:
+    """Every item asked what is in it, answered by its caption; weighted so that the loss is a mean over captions' words."""
+    batch = _questions(items, [(DESCRIBE, item.caption or "") for item in items], list(range(len(items))), texts)
+    num_words = batch.answer_mask[:, 1:].sum().float() / len(items)
+    return replace(batch, answer_weights=batch.answer_weights / num_words)
+
+
+def _questions(
+    items: Sequence[Item], asked: Sequence[tuple[str, str]], clips: Sequence[int], texts: Texts
+) -> AnswerBatch:
+    """Questions with one answer each, about items by number."""
+    question_ids, question_mask = texts.encode([question for question, _ in asked])
+    answer_ids, answer_mask = texts.encode_answers([answer for _, answer in asked])
     pixels = pixels_of([item.media for item in items])
-    num_pictures = pixels.shape[0] * pixels.shape[1]
-    weights = torch.full((len(asked),), num_pictures / len(asked))  # the loss becomes a mean over answers
+    num_pictures = pixels.shape[0] * pixels.shape[1]  # what the loss divides by
     return AnswerBatch(
         pixels,
         question_ids,
@@ -77,5 +91,5 @@ def answer_batch(items: Sequence[Item], texts: Texts, num_questions: int, rng: R
         answer_ids,
         answer_mask,
         torch.arange(len(asked)),
-        weights,
+        torch.full((len(asked),), num_pictures / len(asked)),
     )

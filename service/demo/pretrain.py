@@ -8,23 +8,29 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from adapters.training.data import AnswerBatch
 from adapters.training.losses import ContrastiveFeatures, answer_loss, contrastive_loss, shifted_nll
 from adapters.training.objectives import RetrievalSettings, encode_pairs, matching_loss_of
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionConfig
-from service.demo.batches import Texts, answer_batch, draw_items, retrieval_batch
+from service.demo.batches import Texts, answer_batch, description_batch, draw_items, retrieval_batch
 
 POSITION_AMPLITUDE = 0.5
 
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """Sizes and schedule of the plain world's training. `second_object_at` and `third_object_at` are steps."""
+    """Sizes and schedule of the plain world's training.
 
-    steps: int = 4500
+    `second_object_at` and `third_object_at` are steps; `num_described` pictures of a batch are captioned by the decoder,
+    which so learns every word of the plain captions.
+    """
+
+    steps: int = 6000
     learning_rate: float = 1e-3
     batch_size: int = 48
     num_questions: int = 4
+    num_described: int = 16
     second_object_at: int = 500
     third_object_at: int = 1500
     seed: int = 1
@@ -77,7 +83,7 @@ def sine_positions(grid: int, width: int) -> Tensor:
 
 
 class Pretraining:
-    """Contrastive, matching and answer losses on plain scenes, of one object first, then two, then three."""
+    """Contrastive, matching, answer and caption losses on plain scenes, of one object first, then two, then three."""
 
     def __init__(self, model: Blip, texts: Texts, options: PretrainOptions) -> None:
         self.model = model
@@ -99,14 +105,25 @@ class Pretraining:
 
         itm = matching_loss_of(self.model, pairs, None, encoded, self.settings, generator)
         asked = answer_batch(items, self.texts, options.num_questions, rng)
-        y = encoded.states.flatten(1, 2)[asked.clip_of_question]
+        described = description_batch(items[: options.num_described], self.texts)
+        return {
+            "itc": itc,
+            "itm": itm,
+            "answer": self._answer_loss(encoded.states, asked),
+            "caption": self._answer_loss(encoded.states, described),
+        }
+
+    def _answer_loss(self, states: Tensor, batch: AnswerBatch) -> Tensor:
+        """Weighted loss of answers to questions about pictures that were encoded already: states [B, 1, P, D]."""
+        y = states.flatten(1, 2)[batch.clip_of_question]
         seen = torch.ones(y.shape[:2], dtype=torch.bool)
-        states = self.model.encode_multimodal(asked.question_ids, asked.question_mask, y, seen, None)
-        answers = self.model.score_answers(
-            states, asked.question_mask, asked.answer_ids, asked.answer_mask, asked.question_of_answer, None
+        questions = self.model.encode_multimodal(batch.question_ids, batch.question_mask, y, seen, None)
+        logits = self.model.score_answers(
+            questions, batch.question_mask, batch.answer_ids, batch.answer_mask, batch.question_of_answer, None
         )
-        per_answer = shifted_nll(answers, asked.answer_ids, asked.answer_mask)
-        return {"itc": itc, "itm": itm, "answer": answer_loss(per_answer, asked.answer_weights, len(items))}
+        return answer_loss(
+            shifted_nll(logits, batch.answer_ids, batch.answer_mask), batch.answer_weights, len(batch.pixels)
+        )
 
     def _max_objects(self, step: int) -> int:
         return 1 + (step >= self.options.second_object_at) + (step >= self.options.third_object_at)

@@ -23,6 +23,7 @@ class QA:
 # --- captions ---------------------------------------------------------------------------------------------
 
 PLAIN_CAPTIONS = ("{list}", "there is {list}", "a picture of {list}", "we see {list}")
+COUNTED_CAPTIONS = ("{number} {objects}, {list}", "we see {number} {objects}, {list}")
 LIT_CAPTIONS = (
     "when the light is on {list}",
     "with the light on {list}",
@@ -64,9 +65,19 @@ SKETCH_PLACES = {
 
 
 def plain_caption(things: Sequence[Thing], rng: Random) -> str:
-    """Every thing with its place, e.g. "a red circle at the top left and a blue star in the centre"."""
-    phrases = [f"{_named(thing)} {_at(thing.place)}" for thing in _shuffled(things, rng)]
-    return rng.choice(PLAIN_CAPTIONS).format(list=_joined(phrases, " and "))
+    """Every thing with its place, e.g. "a red circle at the top left and a blue star in the centre".
+
+    Half the captions tell sizes, and some the number: the words and what they mean are known to whoever was trained on
+    plain pictures, though no plain question asks for either.
+    """
+    tells_sizes = rng.random() < 0.5
+    phrases = [
+        f"{_named(thing, *([thing.size] if tells_sizes else []))} {_at(thing.place)}"
+        for thing in _shuffled(things, rng)
+    ]
+    objects = "object" if len(things) == 1 else "objects"
+    template = rng.choice((*PLAIN_CAPTIONS, *COUNTED_CAPTIONS))
+    return template.format(list=_joined(phrases, " and "), number=NUMBERS[len(things)], objects=objects)
 
 
 def lit_caption(things: Sequence[Thing], rng: Random) -> str:
@@ -137,6 +148,8 @@ SHORTEST_BAR = "shortest bar"
 LEFT_BAR = "left bar"
 RIGHT_BAR = "right bar"
 NUMBER_OF_BARS = "number of bars"
+
+DESCRIBE = "what is in the picture?"  # answered with a caption; asked in pre-training only
 
 QUESTIONS = {
     COLOUR_OF_SHAPE: "what colour is the {shape}?",
@@ -250,8 +263,16 @@ def _phrases() -> Iterator[str]:
     """Every table of words; names of fields in braces stand for entries of the other tables."""
     for names in (SHAPES, COLOURS, PLACES, SIZES, PATTERNS, BACKGROUNDS, NUMBERS, ("yes", "no")):
         yield from names
-    for templates in (PLAIN_CAPTIONS, LIT_CAPTIONS, PATTERNED_CAPTIONS, SKETCH_CAPTIONS, SKETCH_JOINTS):
+    for templates in (
+        PLAIN_CAPTIONS,
+        COUNTED_CAPTIONS,
+        LIT_CAPTIONS,
+        PATTERNED_CAPTIONS,
+        SKETCH_CAPTIONS,
+        SKETCH_JOINTS,
+    ):
         yield from templates
+    yield from ("object", "objects", DESCRIBE)
     for synonyms in (SKETCH_SHAPES, SKETCH_COLOURS, SKETCH_PLACES):
         for choices in synonyms.values():
             yield from choices
