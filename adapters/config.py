@@ -31,7 +31,7 @@ def check_name(name: str, *, param: str = "name") -> str:
     """
     if not re.fullmatch(NAME_PATTERN, name) or ".." in name:
         raise InvalidReference(
-            f"{name!r} is no valid name: 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit, "
+            f"{name[:100]!r} is no valid name: 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit, "
             "without '..'",
             param=param,
         )
@@ -44,12 +44,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+StandardDeviation = Annotated[float, Field(ge=1e-3)]  # pixels are divided by it
+
+
 class Preprocessing(Strict):
     """How pixels reach the vision tower. Source: the authors' evaluation transforms."""
 
     resolution: int = Field(gt=0, le=2048)
     mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    std: tuple[StandardDeviation, StandardDeviation, StandardDeviation] = CLIP_STD
     resample: Literal["bicubic"] = "bicubic"
     num_frames: int = Field(default=8, gt=0, le=256)
     frame_sampling: Literal["uniform"] = "uniform"

@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def main() -> None:
-    """Run a command; a domain error becomes one line and exit status 1."""
+    """Run a command; a domain error, or one of the system, becomes one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
     try:
@@ -37,6 +37,9 @@ def main() -> None:
     except AdapterBankError as error:
         param = f" [{error.param}]" if error.param else ""
         print(f"error: {error.message}{param}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     max_rerank_depth: int = Field(
         default=256, gt=0, description="Most candidates of one /retrieve that are looked at again."
     )
-    max_candidates: int = Field(default=20_000, gt=0, description="Most candidate answers of one /vqa.")
+    max_candidates: int = Field(default=20_000, gt=0, le=50_000, description="Most candidate answers of one /vqa.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the device thread; 0 takes all processors but one."
     )

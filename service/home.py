@@ -16,6 +16,7 @@ from service.backbone.base import load_manifest
 from service.bank import DEFAULT_BUCKETS
 from service.config import Settings
 from service.gallery.store import Source
+from service.loader import check_fit
 from service.pipelines.galleries import BuildOptions, BuildProgress
 from service.runtime import HomeFolders, Runtime
 from service.types import RequestContext
@@ -41,7 +42,9 @@ def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
     if rank > widest:
         raise RankTooLarge(f"rank {rank} is above the largest slot bucket, {widest}", param="rank")
     if (settings.backbone_folder / "backbone.json").is_file():
-        check_backbone(package.config, load_manifest(settings.backbone_folder).parts)
+        backbone = load_manifest(settings.backbone_folder)
+        check_backbone(package.config, backbone.parts)
+        check_fit(package.config, backbone.config)
     registry = open_registry(settings)
     try:
         LocalArtifactStore(HomeFolders(settings.home).artifacts).put(folder)

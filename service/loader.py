@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from adapters.artifacts import ArtifactStore
 from adapters.config import BASE_ADAPTER, AdapterConfig
-from adapters.errors import AdapterNotFound, DigestMismatch, MissingPart, RegistryUnavailable
+from adapters.errors import AdapterNotFound, DigestMismatch, InvalidPackage, MissingPart, RegistryUnavailable
 from adapters.families import family_of
 from adapters.package import check_backbone, read_package
 from adapters.registry.base import AliasReference, BaseReference, Registry, Snapshot, VersionRecord, parse_reference
 from service.backbone.base import Backbone
+from service.backbone.config import BlipConfig
 from service.bank import AdapterBank, fold_package
 from service.errors import NotReady
 from service.metrics import Metrics
@@ -220,6 +221,22 @@ class Loader:
         if package.package_digest != record.package_digest:
             raise DigestMismatch(f"the stored package of {record.reference} is damaged", param="adapter")
         check_backbone(package.config, self._backbone.parts)
+        check_fit(package.config, self._backbone.config)
         self._backbone.require(package.config.task, heads=package.config.heads)
         self._bank.check_rank(family_of(package.config.family).slot_rank(package.config))
         self._bank.put(fold_package(package, self._bank.dims, self._bank.dtype), hold=hold)
+
+
+def check_fit(config: AdapterConfig, backbone: BlipConfig) -> None:
+    """Refuse a config that its own parts could not run: a bad token id would cost a CUDA device. Raises: InvalidPackage."""
+    needed = {"vision", "text_encoder"} | ({"decoder"} if config.task == "vqa" else set())
+    if unnamed := sorted(needed - config.backbone.parts.keys()):
+        raise InvalidPackage(f"backbone.parts has no digest of {', '.join(unnamed)}", param="backbone.parts")
+    resolution, patch = config.preprocessing.resolution, backbone.vision.patch
+    if resolution % patch:
+        raise InvalidPackage(f"resolution {resolution} is no multiple of the patch, {patch}", param="preprocessing")
+    stack = backbone.decoder
+    for index, ids in enumerate(config.decoding.answer_ids if config.decoding and stack else ()):
+        assert stack is not None
+        if not 2 <= len(ids) <= stack.max_positions or not all(0 <= word < stack.vocab_size for word in ids):
+            raise InvalidPackage(f"answer_ids[{index}] is not one this backbone can decode", param="decoding")

@@ -201,11 +201,14 @@ def rank_answers(
     adaptation: Adaptation | None,
     candidates: Sequence[Sequence[tuple[int, ...]]],
     ks: Sequence[int],
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
 ) -> list[RankOutput]:
     """The best of each question's candidates ([DEC] words [SEP]).
 
     A candidate's first word decides whether it is among the k looked at (ties: the lower index); those are scored by
     minus their label-smoothed loss, without length normalisation. `memory` and `adaptation` have a row per question.
+    Once nobody wants to `keep_going`, what was not scored gets minus infinity.
     """
     decoder, special = _decoder(model), model.config.special_ids
     num_questions = len(candidates)
@@ -216,6 +219,9 @@ def rank_answers(
     pairs = [(q, index) for q in range(num_questions) for index in shortlists[q]]
     scores: list[float] = []
     for first in range(0, len(pairs), MAX_CANDIDATE_ROWS):
+        if not keep_going():
+            scores += [float("-inf")] * (len(pairs) - first)
+            break
         part = pairs[first : first + MAX_CANDIDATE_ROWS]
         ids, mask = pad_ids([candidates[q][index] for q, index in part], special.pad, model.device)
         questions = torch.tensor([q for q, _ in part], device=model.device)

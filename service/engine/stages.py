@@ -45,7 +45,7 @@ def run_batch(model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGo
         case "generate":
             return run_generate(model, batch.jobs, leases, keep_going)
         case "rank":
-            return run_rank(model, batch.jobs, leases)
+            return run_rank(model, batch.jobs, leases, keep_going)
 
 
 def run_vision(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[VisionOutput]:
@@ -126,14 +126,15 @@ def run_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_goi
     )
 
 
-def run_rank(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> Sequence[StageOutput]:
+def run_rank(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
     """Answer ranking, each job with its own candidates and shortlist length."""
     inputs = [cast(RankInput, job.inputs) for job in jobs]
     states, mask, adapters = _question_states(model, jobs, inputs, leases)
     adaptation = leases.adaptation(adapters)
     assert model.decoder is not None
     memory = model.decoder.body.remember(states, mask, adaptation)
-    return rank_answers(model, memory, adaptation, [i.candidates for i in inputs], [i.k for i in inputs])
+    candidates, ks = [i.candidates for i in inputs], [i.k for i in inputs]
+    return rank_answers(model, memory, adaptation, candidates, ks, keep_going=keep_going)
 
 
 def _pad(model: Blip, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

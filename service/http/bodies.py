@@ -12,6 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from service.errors import TooLarge
 from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, invalid_body
 from service.http.schemas import (
     GalleryMediaRef,
@@ -25,6 +26,8 @@ from service.http.schemas import (
 from service.types import MediaBytes, MediaKind, MediaSource, RetrieveQuery, TextQuery, VqaQuery
 
 FORM_FIELD = "request"
+MAX_JSON_PARTS = 100_000  # fields and elements: parsing them takes much memory, and holds the interpreter lock
+MAX_LISTED_ERRORS = 1_000
 
 Query = TypeVar("Query")
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -63,9 +66,13 @@ def _retrieve_from_form(field: bytes, media: MediaBytes) -> RetrieveQuery:
 
 
 def _parse(schema: type[Schema], text: bytes | bytearray, where: str = "") -> Schema:
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_PARTS:
+        raise TooLarge(f"the JSON has more than {MAX_JSON_PARTS} fields and elements", param=where or None)
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:
+        if error.error_count() > MAX_LISTED_ERRORS:
+            raise RefusedRequest(f"{error.error_count()} fields are wrong", param=where or None) from error
         raise invalid_body(error, where) from error
 
 
@@ -115,3 +122,5 @@ async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, MediaByte
             return text, MediaBytes(kind, await media.read())
     except HTTPException as error:  # how the form parser says that the body is no form
         raise RefusedRequest(f"broken form: {error.detail}") from error
+    except UnicodeError as error:  # of a charset that the form claims
+        raise RefusedRequest("broken form: its text is not in the charset it names; send UTF-8") from error

@@ -39,7 +39,8 @@ from service.types import (
     VqaQuery,
 )
 
-MAX_TEXT_CHARS = 10_000  # a guard only: how many tokens a question may have is the adapter's to say
+MAX_QUESTION_CHARS = 100_000  # a guard only: how many tokens a question may have is the adapter's to say
+MAX_CANDIDATE_CHARS = 10_000
 MAX_REFERENCE_CHARS = 256
 DEFAULT_K = 10
 _BASE64_CHARS_AT_ONCE = 2**18  # the interpreter lock is given back between pieces
@@ -50,7 +51,8 @@ _EXAMPLE_PICTURE: dict[str, JsonValue] = {"base64": "/9j/4AAQSkZJRgABAQ..."}
 _EXAMPLE_PART: dict[str, JsonValue] = {"gallery": "clips", "item": "beach/017.mp4"}
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=MAX_REFERENCE_CHARS)]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS)]
+Question = Annotated[str, StringConstraints(max_length=MAX_QUESTION_CHARS)]
+Candidate = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CANDIDATE_CHARS)]
 
 
 def _examples(*examples: dict[str, JsonValue]) -> ConfigDict:
@@ -169,7 +171,7 @@ class RankOptions(RequestModel):
     model_config = _examples({"mode": "rank", "candidates": ["yes", "no"]}, {"mode": "rank", "k": 128})
 
     mode: Literal["rank"]
-    candidates: tuple[Text, ...] | None = Field(
+    candidates: tuple[Candidate, ...] | None = Field(
         default=None, min_length=1, description="Default: the adapter's answer list."
     )
     k: int | None = Field(default=None, ge=1, description="How many candidates pass the test of their first token.")
@@ -181,7 +183,7 @@ class VqaFields(RequestModel):
     model_config = _examples({"adapter": "vqa@prod", "question": "what colour is the ball?"})
 
     adapter: Reference = Field(description="`name`, `name@alias`, `name@7`, `sha256:...`, or `__base__` for none.")
-    question: Text
+    question: Question
     decode: Annotated[GenerateOptions | RankOptions, Field(discriminator="mode")] = GenerateOptions()
 
     def with_media(self, media: MediaSource) -> VqaQuery:
@@ -286,7 +288,7 @@ class QueryInput(_OneMedium):
 
     model_config = _examples({"text": "a dog catches a ball"}, {"image": _EXAMPLE_PICTURE}, {"video": _EXAMPLE_PART})
 
-    text: Text | None = None
+    text: Question | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

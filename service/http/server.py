@@ -11,6 +11,7 @@ import uvicorn
 from adapters.errors import AdapterBankError
 from service.config import Settings
 from service.http.app import create_app
+from service.runtime import Runtime
 
 DRAIN_TIMEOUT_S = 30
 BACKLOG = 2048
@@ -36,7 +37,8 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and stop.
 
     `announce` is called with the URL and settings once requests are answered.
-    Raises: RefusedBind for a public address without `allow_public`, and for a port that is taken.
+    Raises: RefusedBind for a public address without `allow_public`, and for a port that is taken; whatever keeps the
+    backbone, the registry or the media workers from starting.
     """
     if not is_loopback(settings.host) and not settings.allow_public:
         raise RefusedBind(
@@ -47,9 +49,10 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     listener = _listen(settings)
     port = listener.getsockname()[1]
     settings = settings.model_copy(update={"port": port})
+    runtime = Runtime(settings)
     server = _Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, runtime),
             log_level="warning",
             access_log=False,
             proxy_headers=False,
@@ -59,14 +62,25 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     )
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     server.announce = (lambda: announce(f"http://{host}:{port}", settings)) if announce is not None else None
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after a clean stop: that is no failure
-        signal.signal(number, lambda *_: None)
-    asyncio.run(server.serve(sockets=[listener]))
+    asyncio.run(_serve(server, runtime, listener))
+
+
+async def _serve(server: uvicorn.Server, runtime: Runtime, listener: socket.socket) -> None:
+    """Started out here, not in the application's lifespan: there uvicorn would log what went wrong and hide it from the caller."""
+    try:
+        await runtime.start()
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after a clean stop: no failure
+            signal.signal(number, lambda *_: None)
+        await server.serve(sockets=[listener])
+        await runtime.drain()
+    finally:
+        await runtime.close()
 
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's delay (40 ms on a connection that is kept) off only where the protocol is named.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))

@@ -35,6 +35,7 @@ from service.types import (
 )
 
 CACHED_ANSWER_LISTS = 64
+MAX_CANDIDATE_CHARS = 2_000_000  # of all candidates together: tokens take a hundred times the memory of their text
 Candidates = tuple[tuple[int, ...], ...]
 
 
@@ -118,6 +119,10 @@ class VqaPipeline:
         if decode.candidates is not None:
             if len(decode.candidates) > self._max_candidates:
                 raise TooLarge(f"{len(decode.candidates)} candidates; at most {self._max_candidates} are allowed")
+            if sum(map(len, decode.candidates)) > MAX_CANDIDATE_CHARS:
+                raise TooLarge(
+                    f"the candidates have more than {MAX_CANDIDATE_CHARS} characters", param="decode.candidates"
+                )
             if not decode.candidates:
                 raise BadQuery("decode.candidates is empty", param="decode.candidates")
             return self._tokenized(decode.candidates), decode.candidates

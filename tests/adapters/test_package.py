@@ -314,6 +314,15 @@ def test_a_config_cannot_make_us_count_for_ever(tmp_path: Path) -> None:
         read_package(package)
 
 
+def test_pixels_are_not_divided_by_nothing(tmp_path: Path) -> None:
+    package = make_package(tmp_path / "p")
+    config = json.loads((package / "adapter_config.json").read_text())
+    config["preprocessing"]["std"] = [0.2, 0.0, 0.2]
+    (package / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidPackage, match=r"preprocessing\.std"):
+        read_package(package)
+
+
 def test_sizes_of_the_backbone(tmp_path: Path) -> None:
     package = make_package(tmp_path / "p")
     read_package(package, dims=DIMS)

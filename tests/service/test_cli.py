@@ -82,6 +82,13 @@ def test_names_that_could_leave_a_folder_are_refused(home: Path, name: str) -> N
     assert "no valid name" in refused.stderr
 
 
+def test_an_error_of_the_system_is_one_line(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file in the place of the folder")
+    refused = run("push", home / "package", "--name", "new", home=tmp_path / "home", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def colours(home: Path, pictures: Path) -> str:
     """The output of building one gallery: first with the adapter, then anew without one."""
@@ -104,6 +111,12 @@ def test_an_unknown_setting_stops_the_start(home: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "BANK_PROT" in done.stderr
+
+
+def test_a_home_without_a_backbone_is_told_in_one_line(tmp_path: Path) -> None:
+    refused = run("serve", "--port", "0", home=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: no backbone at ") and refused.stderr.count("\n") == 1
 
 
 def test_a_public_address_without_keys_is_refused(home: Path) -> None:

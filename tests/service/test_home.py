@@ -3,11 +3,13 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adapters.config import AnswerDecoding
 from adapters.errors import BackboneMismatch, Conflict, InvalidPackage, InvalidReference, MissingPart, RankTooLarge
-from adapters.package import read_package
+from adapters.package import read_package, write_package
 from service.backbone.base import load_backbone
 from service.config import Settings
 from service.errors import BadQuery
@@ -15,7 +17,7 @@ from service.gallery.store import GalleryStore, Source
 from service.home import build_gallery, open_registry, push_package
 from service.pipelines.galleries import BuildOptions, BuildProgress
 from service.runtime import HomeFolders
-from tests.service.worlds import World, make_package, picture, write_tiny_backbone
+from tests.service.worlds import World, adapter_config, make_package, picture, random_tensors, write_tiny_backbone
 
 TEXTS = [Source(str(number), "text", text=text) for number, text in enumerate(("a red circle", "a blue square"))]
 
@@ -52,6 +54,30 @@ def test_a_home_is_made_where_there_is_none_and_takes_packages_before_its_backbo
     record = push_package(settings, tmp_path / "package", "first")
     stored = HomeFolders(settings.home).artifacts / "sha256" / record.package_digest.removeprefix("sha256:")
     assert read_package(stored).weights_digest == record.weights_digest
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"resolution": 17}, "no multiple of the patch"),
+        ({"decoding": AnswerDecoding(answer_ids=((1, 5, 2), (1, 10**9, 2)))}, r"answer_ids\[1\]"),
+        ({"decoding": AnswerDecoding(answer_ids=((1, -1, 2),))}, r"answer_ids\[0\]"),
+        ({"decoding": AnswerDecoding(answer_ids=((1,),))}, r"answer_ids\[0\]"),
+        ({"decoding": AnswerDecoding(answer_ids=((1,) * 25,))}, r"answer_ids\[0\]"),
+        ({"parts": {}}, "no digest of decoder, text_encoder, vision"),
+    ],
+)
+def test_a_config_that_its_backbone_could_not_run_is_refused(
+    copied: World, tmp_path: Path, wanted: dict[str, Any], message: str
+) -> None:
+    wanted = dict(wanted)
+    parts = wanted.pop("parts", None)
+    config = adapter_config(copied.backbone, **wanted)
+    if parts is not None:
+        config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"parts": parts})})
+    write_package(tmp_path / "package", config, random_tensors(config, copied.backbone.dims(), 35), "", None)
+    with pytest.raises(InvalidPackage, match=message):
+        push_package(copied.settings, tmp_path / "package", "new")
 
 
 def test_what_this_backbone_cannot_serve_is_refused_before_anything_is_stored(copied: World, tmp_path: Path) -> None:

@@ -1,5 +1,10 @@
 import base64
 import json
+import os
+import signal
+import struct
+import zlib
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -88,10 +93,13 @@ def test_unknown_words_are_pointed_out(http: httpx.Client) -> None:
     [
         ({"adapter": "vqaa"}, (404, "adapter_not_found", "adapter")),
         ({"adapter": "vqa@7"}, (404, "adapter_not_found", "adapter")),
+        ({"adapter": "vqa@canary"}, (404, "adapter_not_found", "adapter")),
         ({"adapter": "../vqa"}, (422, "invalid_reference", "adapter")),
         ({"adapter": "retrieval"}, (422, "bad_query", "adapter")),
         ({"question": "red " * 40}, (422, "bad_query", "question")),
         ({"question": "   "}, (422, "bad_query", "question")),
+        ({"question": ""}, (422, "bad_query", "question")),
+        ({"question": "word " * 10_000}, (422, "bad_query", "question")),
         ({"image": {"base64": "!"}}, (422, "invalid_request", "image.base64")),
         ({"image": {"base64": base64.b64encode(b"text").decode()}}, (422, "unsupported_media", None)),
         ({"image": {"base64": base64.b64encode(picture()[:60]).decode()}}, (422, "corrupt_media", None)),
@@ -142,6 +150,15 @@ def test_other_content_types_are_refused(http: httpx.Client, content_type: str) 
 FIELD = json.dumps({"adapter": "vqa", "question": "what"})
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+BOMB = (
+    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+)
+
+
 @pytest.mark.parametrize(
     "parts, param",
     [
@@ -171,6 +188,40 @@ def test_a_form_whose_charset_gives_no_text_is_refused(http: httpx.Client, chars
     content_type = f"multipart/form-data; boundary=x; charset={charset}"
     response = http.post("/v1/vqa", content=field + file, headers={"Content-Type": content_type})
     assert error_of(response)[:2] == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "kind, data, expected",
+    [
+        ("image", picture()[:60], (422, "corrupt_media", None)),
+        ("image", BOMB, (413, "media_too_large", None)),
+        ("image", b"", (422, "unsupported_media", None)),
+        ("video", b"a text named like a clip", (422, "unsupported_media", None)),
+        ("video", make_clip("matroska", num_frames=0), (422, "corrupt_media", None)),
+    ],
+    ids=["cut off", "bomb", "empty", "text", "no frames"],
+)
+def test_files_that_are_not_what_they_seem_are_refused(
+    http: httpx.Client, kind: str, data: bytes, expected: tuple[int, str, str | None]
+) -> None:
+    response = http.post("/v1/vqa", data={"request": FIELD}, files={kind: ("clip.mp4", data)})
+    assert error_of(response) == expected
+
+
+def test_a_decoder_that_hangs_costs_its_own_request(http: httpx.Client, serving: Serving) -> None:
+    """Stopped by a signal, a worker never answers. The limit is shortened where the workers look it up."""
+    workers = serving.runtime.media._workers
+    known = [worker._limits for worker in workers]
+    for worker in workers:
+        worker._limits = replace(worker._limits, timeout_s=0.5)
+        os.kill(worker.ensure_alive().process.pid, signal.SIGSTOP)
+    try:
+        hung = [ask(http) for _ in workers]
+        assert [error_of(response) for response in hung] == [(422, "media_timeout", None)] * len(workers)
+    finally:
+        for worker, limits in zip(workers, known, strict=True):
+            worker._limits = limits
+    assert ask(http).status_code == 200
 
 
 def test_a_request_that_never_had_a_chance_is_late(http: httpx.Client) -> None:
