@@ -1,4 +1,5 @@
-"""Who may come in: a request takes one permit for its estimated device cost and its bytes before anything is decoded.
+"""Who may come in: a request's bytes take room as they stream in, and before anything is decoded it takes one permit for
+its estimated device cost.
 
 The budget is in seconds of device time: estimated operations divided by the speed measured while serving. Stages of a
 request inherit its permit, so permits never nest and cannot deadlock.
@@ -13,6 +14,7 @@ from service.metrics import Metrics
 
 INITIAL_FLOPS = 2e10  # operations per second assumed until a batch has been measured
 SMOOTHING = 0.2
+UPLOAD_RETRY_S = 1.0
 
 
 class Admission:
@@ -41,42 +43,57 @@ class Admission:
                 self._flops += SMOOTHING * (cost / seconds - self._flops)
 
     @contextmanager
-    def permit(self, cost: float, num_bytes: int = 0) -> Iterator[None]:
+    def permit(self, cost: float) -> Iterator[None]:
         """Hold a share of the budget for the length of a request.
 
-        A request that costs more than the whole budget is still admitted when nothing else is in, unless its bytes
-        alone are too many: its cost is an estimate, and refusing it for ever would depend on a guess.
-        Raises: Overloaded with the time until enough of the budget is free; TooLarge; NotReady while draining.
+        A request that costs more than the whole budget is still admitted when nothing else is in: its cost is an
+        estimate, and refusing it for ever would depend on a guess.
+        Raises: Overloaded with the time until enough of the budget is free; NotReady while draining.
         """
-        self._enter(cost, num_bytes)
+        self._enter(cost)
         try:
             yield
         finally:
             with self._lock:
-                self._bytes -= num_bytes
                 self._num_permits -= 1
-                self._cost = (
-                    self._cost - cost if self._num_permits else 0.0
-                )  # no rounding error outlives a quiet moment
+                # no rounding error outlives a quiet moment
+                self._cost = self._cost - cost if self._num_permits else 0.0
                 self._report()
 
-    def _enter(self, cost: float, num_bytes: int) -> None:
+    def _enter(self, cost: float) -> None:
         with self._lock:
             if not self._is_open:
                 self._metrics.refused.labels("draining").inc()
                 raise NotReady("the server is shutting down")
-            if num_bytes > self.max_bytes:
-                self._metrics.refused.labels("too_large").inc()
-                raise TooLarge(f"{num_bytes} bytes of media are above the limit of {self.max_bytes}")
             budget = self.max_queue_seconds * self._flops
-            if self._num_permits and (self._cost + cost > budget or self._bytes + num_bytes > self.max_bytes):
+            if self._num_permits and self._cost + cost > budget:
                 self._metrics.refused.labels("overloaded").inc()
                 excess = max(self._cost + cost - budget, 0.1 * self._cost)
                 raise Overloaded("no capacity for this request now", retry_after_s=max(0.1, excess / self._flops))
             self._cost += cost
-            self._bytes += num_bytes
             self._num_permits += 1
             self._report()
+
+    @contextmanager
+    def upload(self) -> Iterator["Upload"]:
+        """Room for a request's bytes, taken as they come and given back with the block."""
+        upload = Upload(self)
+        try:
+            yield upload
+        finally:
+            with self._lock:
+                self._bytes -= upload.num_bytes
+
+    def _take_bytes(self, num_bytes: int, taken: int) -> None:
+        """Take room for more bytes of a request that has `taken` so many. Raises: Overloaded, TooLarge."""
+        with self._lock:
+            if taken + num_bytes > self.max_bytes:
+                self._metrics.refused.labels("too_large").inc()
+                raise TooLarge(f"the request alone is above the {self.max_bytes} bytes that may be in at once")
+            if self._bytes + num_bytes > self.max_bytes:
+                self._metrics.refused.labels("overloaded").inc()
+                raise Overloaded("no memory for this request now", retry_after_s=UPLOAD_RETRY_S)
+            self._bytes += num_bytes
 
     def _report(self) -> None:
         self._metrics.admitted_cost.set(self._cost / (self.max_queue_seconds * self._flops))
@@ -89,3 +106,18 @@ class Admission:
     def close(self) -> None:
         """Admit nobody any more; who is in may finish."""
         self._is_open = False
+
+
+class Upload:
+    """The bytes of one request that are in. Made by `Admission.upload`."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.num_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have room for so many bytes in all. Raises: Overloaded, TooLarge."""
+        missing = num_bytes - self.num_bytes
+        if missing > 0:
+            self._admission._take_bytes(missing, self.num_bytes)
+            self.num_bytes = num_bytes

@@ -16,6 +16,7 @@ AdapterBankError
 ├── GalleryBusy         another process is building it (below Conflict)
 ├── IndexStale          a query's embedding key is not the gallery's (below Conflict)
 ├── MissingMedia        a gallery item's media file is gone or changed
+├── AdapterDamaged      a registered adapter's stored files are gone or broken
 └── EngineFailed        the device thread met an error that is not the request's fault
 """
 
@@ -84,6 +85,10 @@ class IndexStale(Conflict):
 
 class MissingMedia(AdapterBankError):
     """A gallery item's media file is gone, or its bytes changed since it was embedded."""
+
+
+class AdapterDamaged(AdapterBankError):
+    """A registered adapter cannot be loaded: its stored files are gone or broken. The server's fault, not the request's."""
 
 
 class EngineFailed(AdapterBankError):

@@ -15,14 +15,22 @@ from dataclasses import dataclass
 
 from adapters.artifacts import ArtifactStore
 from adapters.config import BASE_ADAPTER, AdapterConfig
-from adapters.errors import AdapterNotFound, DigestMismatch, InvalidPackage, MissingPart, RegistryUnavailable
+from adapters.errors import (
+    AdapterNotFound,
+    ArtifactNotFound,
+    BackboneMismatch,
+    InvalidPackage,
+    MissingPart,
+    RegistryUnavailable,
+)
 from adapters.families import family_of
-from adapters.package import check_backbone, read_package
+from adapters.families.base import BackboneDims
+from adapters.package import Package, check_backbone, read_package
 from adapters.registry.base import AliasReference, BaseReference, Registry, Snapshot, VersionRecord, parse_reference
 from service.backbone.base import Backbone
 from service.backbone.config import BlipConfig
 from service.bank import AdapterBank, fold_package
-from service.errors import NotReady
+from service.errors import AdapterDamaged, NotReady
 from service.metrics import Metrics
 from service.types import BASE_INFO, AdapterInfo
 
@@ -210,16 +218,27 @@ class Loader:
         self._metrics.adapter_load_seconds.labels("disk").observe(seconds)
         log.info("loaded %s@%d in %.0f ms", record.name, record.version, 1000 * seconds)
 
+    def _read(self, record: VersionRecord, dims: BackboneDims) -> Package:
+        """The stored package of a version. Raises: AdapterDamaged, BackboneMismatch."""
+        try:
+            package = read_package(self._artifacts.path(record.package_digest), dims=dims)
+        except BackboneMismatch:
+            raise
+        except (ArtifactNotFound, InvalidPackage) as error:
+            message = f"the stored package of {record.reference} is damaged: {error.message}"
+            raise AdapterDamaged(message, param="adapter") from error
+        if package.package_digest != record.package_digest:
+            raise AdapterDamaged(f"the stored package of {record.reference} is damaged: other bytes", param="adapter")
+        return package
+
     def check(self, record: VersionRecord, *, hold: bool = False) -> None:
         """Bring a version to the host tier, or say why it cannot be served by this process. Any thread.
 
-        Raises: ArtifactNotFound, DigestMismatch, InvalidPackage, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
+        Raises: AdapterDamaged, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
         """
         if self._bank.dims is None:
             raise MissingPart(f"this backbone serves {BASE_ADAPTER} only: {self._backbone.config.uneven_towers}")
-        package = read_package(self._artifacts.path(record.package_digest), dims=self._bank.dims)
-        if package.package_digest != record.package_digest:
-            raise DigestMismatch(f"the stored package of {record.reference} is damaged", param="adapter")
+        package = self._read(record, self._bank.dims)
         check_backbone(package.config, self._backbone.parts)
         check_fit(package.config, self._backbone.config)
         self._backbone.require(package.config.task, heads=package.config.heads)

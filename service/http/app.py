@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from service.admission import Admission
 from service.config import MIB, Settings
 from service.http.errors import error_response
 from service.http.exchange import Exchange
@@ -58,6 +59,10 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         serving: Runtime = app.state.runtime
         return serving.metrics
 
+    def admission() -> Admission:
+        serving: Runtime = app.state.runtime
+        return serving.admission
+
     app = FastAPI(
         title="adapter-bank",
         version=version("adapter-bank"),
@@ -70,7 +75,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         middleware=[
             Middleware(Exchanges, settings=settings, metrics=metrics),
             *([] if settings.allow_public else [Middleware(LoopbackOnly)]),
-            Middleware(BodyLimit, max_bytes=settings.max_request_mib * MIB),
+            Middleware(BodyLimit, max_bytes=settings.max_request_mib * MIB, admission=admission),
             Middleware(Attended),
         ],
     )

@@ -2,30 +2,41 @@
 
 import ipaddress
 import re
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.admission import Admission, Upload
 from service.errors import TooLarge
 from service.http.errors import FOREIGN_HOST, FOREIGN_ORIGIN, FORWARDED, RefusedRequest
 
 
 class BodyLimit:
-    """At most `max_bytes` of body: by its declared length at once, else counted as it streams in, chunked or not."""
+    """At most `max_bytes` of body, and room for it among all that are in: by its declared length at once, else as it
+    streams in, chunked or not.
+    """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, admission: Callable[[], Admission]) -> None:
         self.app = app
         self._max_bytes = max_bytes
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. Raises: TooLarge."""
-        if scope["type"] != "http":
+        """ASGI. Raises: TooLarge, Overloaded."""
+        if scope["type"] != "http" or not has_body(scope):
             await self.app(scope, receive, send)
             return
+        with self._admission().upload() as upload:
+            await self._limited(upload, scope, receive, send)
+
+    async def _limited(self, upload: Upload, scope: Scope, receive: Receive, send: Send) -> None:
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            raise self._too_large()
+        if declared.isdecimal():
+            if int(declared) > self._max_bytes:
+                raise self._too_large()
+            upload.reserve(int(declared))
         num_bytes = 0
 
         async def counted() -> Message:
@@ -34,12 +45,19 @@ class BodyLimit:
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
                 raise self._too_large()
+            upload.reserve(num_bytes)
             return message
 
         await self.app(scope, counted, send)
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the request body is above the limit of {self._max_bytes} bytes")
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether the request declares a body."""
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class LoopbackOnly:

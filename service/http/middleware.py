@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +15,7 @@ from service.config import Settings
 from service.errors import DeadlineExceeded
 from service.http.errors import error_response
 from service.http.exchange import Exchange
+from service.http.limits import has_body
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,6 @@ class Wire:
                 headers.append((b"connection", b"close"))  # do not wait for the rest of a body nobody wants
             message = {**message, "headers": [*message.get("headers", []), *headers]}
         await self._send(message)
-
-
-def has_body(scope: Scope) -> bool:
-    """Whether the request declares a body."""
-    headers = Headers(scope=scope)
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class Attended:

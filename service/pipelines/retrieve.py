@@ -143,8 +143,7 @@ class RetrievePipeline:
             async with self._loader.pin(self._reference(query, record)) as pin:
                 self._check_key(pin, record, gallery, query)
                 medium = await self._medium(query)
-                num_bytes = len(query.query.data) if isinstance(query.query, MediaBytes) else 0
-                with self._admission.permit(self._cost(query, gallery, pin, depth), num_bytes):
+                with self._admission.permit(self._cost(query, gallery, pin, depth)):
                     return await self._search(query, record, gallery, pin, depth, medium, context)
 
     def _depth(self, query: RetrieveQuery, gallery: Gallery) -> int:

@@ -75,8 +75,7 @@ class VqaPipeline:
             candidates, texts = await asyncio.to_thread(self._candidates, query.decode, decoding, pin)
         medium = await self._medium(query.media)
         cost = self._cost(query, pin, len(question.ids), candidates)
-        num_bytes = len(query.media.data) if isinstance(query.media, MediaBytes) else 0
-        with self._admission.permit(cost, num_bytes):
+        with self._admission.permit(cost):
             seen = await self._stages.see(medium, pin, context)
             states = seen.output.states.flatten(0, 1)  # [F*P, D]
             if isinstance(query.decode, GenerateDecode):

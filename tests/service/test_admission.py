@@ -19,9 +19,10 @@ def refused(door: Admission, reason: str) -> float:
 
 def test_a_permit_is_given_back_whatever_happens() -> None:
     door = admission()
-    with door.permit(1e9, 10):
+    with door.permit(1e9), door.upload() as upload:
+        upload.reserve(10)
         assert door.num_permits == 1
-        with pytest.raises(ZeroDivisionError), door.permit(1e9, 10):
+        with pytest.raises(ZeroDivisionError), door.permit(1e9):
             1 / (door.num_permits - 2)
         assert door.num_permits == 1
     assert door.num_permits == 0
@@ -43,10 +44,9 @@ def test_a_refusal_leaves_the_budget_as_it_was() -> None:
     door = admission()
     with door.permit(9 * INITIAL_FLOPS):
         for _ in range(3):
-            with pytest.raises(Overloaded), door.permit(2 * INITIAL_FLOPS, 1):
+            with pytest.raises(Overloaded), door.permit(2 * INITIAL_FLOPS):
                 pass
         assert door.num_permits == 1
-    assert door._bytes == 0
 
 
 def test_one_request_above_the_whole_budget_comes_in_when_nobody_else_is_there() -> None:
@@ -56,17 +56,24 @@ def test_one_request_above_the_whole_budget_comes_in_when_nobody_else_is_there()
             pass
 
 
-def test_bytes_are_a_budget_of_their_own() -> None:
+def test_bytes_are_a_budget_of_their_own_taken_as_they_come() -> None:
     door = admission(max_bytes=100)
-    with door.permit(1.0, 60):
-        with pytest.raises(Overloaded) as refusal, door.permit(1.0, 50):
-            pass
-        assert refusal.value.retry_after_s > 0
-        with door.permit(1.0, 40):
-            pass
-    with pytest.raises(TooLarge, match="101 bytes"), door.permit(1.0, 101):
-        pass
+    with door.upload() as first:
+        first.reserve(40)
+        first.reserve(60)  # 20 more
+        first.reserve(50)  # has them already
+        with door.upload() as second:
+            second.reserve(40)
+            with pytest.raises(Overloaded) as refusal:
+                second.reserve(41)
+            assert refusal.value.retry_after_s > 0
+        with door.upload() as third:
+            third.reserve(40)
+    with door.upload() as alone, pytest.raises(TooLarge, match="100 bytes"):
+        alone.reserve(101)
+    assert door._bytes == 0
     assert refused(door, "too_large") == 1
+    assert refused(door, "overloaded") == 1
 
 
 def test_the_budget_follows_the_measured_speed() -> None:
@@ -112,7 +119,8 @@ def test_threads_leave_nothing_behind() -> None:
 
     def work() -> None:
         for i in range(500):
-            with door.permit(0.1 * i, i):
+            with door.permit(0.1 * i), door.upload() as upload:
+                upload.reserve(i)
                 door.measured(1e9, 0.1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -14,9 +14,7 @@ from adapters.artifacts import LocalArtifactStore
 from adapters.config import BASE_ADAPTER
 from adapters.errors import (
     AdapterNotFound,
-    ArtifactNotFound,
     BackboneMismatch,
-    DigestMismatch,
     InvalidReference,
     MissingPart,
     RankTooLarge,
@@ -26,7 +24,7 @@ from adapters.registry.base import Snapshot
 from adapters.registry.sqlite import SqliteRegistry
 from service.backbone.base import load_backbone
 from service.bank import AdapterBank, Buckets
-from service.errors import NotReady
+from service.errors import AdapterDamaged, NotReady
 from service.loader import Loader, Pin
 from service.metrics import Metrics
 from service.runtime import HomeFolders
@@ -300,7 +298,7 @@ def test_loads_of_many_adapters_end_however_their_requests_end(run: Run) -> None
 def test_an_artifact_that_is_gone_says_so(run: Run) -> None:
     async def story(bench: Bench) -> None:
         bench.artifacts.delete(bench.loader.snapshot.version("ask", 1).package_digest)
-        with pytest.raises(ArtifactNotFound):
+        with pytest.raises(AdapterDamaged, match="ask@1"):
             await bench.pinned("ask")
 
     run(story)
@@ -313,7 +311,7 @@ def test_a_package_that_changed_on_disk_is_refused_instead_of_loaded_again_and_a
         ask, find = (bench.loader.snapshot.version(name, 1).package_digest for name in ("ask", "find"))
         for file in bench.artifacts.path(ask).iterdir():
             file.write_bytes((bench.artifacts.path(find) / file.name).read_bytes())
-        with pytest.raises(DigestMismatch, match="ask@1 is damaged"):
+        with pytest.raises(AdapterDamaged, match="ask@1 is damaged"):
             await bench.pinned("ask")
 
     run(story)

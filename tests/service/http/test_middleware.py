@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.admission import Admission
 from service.config import Settings
 from service.errors import Overloaded
 from service.http.exchange import Exchange
@@ -27,10 +28,13 @@ MAX_BYTES = 1000
 
 
 @contextmanager
-def around(app: ASGIApp, metrics: Metrics | None = None, settings: Settings | None = None) -> Iterator[httpx.Client]:
+def around(
+    app: ASGIApp, metrics: Metrics | None = None, settings: Settings | None = None, max_bytes: int = 10 * MAX_BYTES
+) -> Iterator[httpx.Client]:
     """A client of `app` inside all the middleware, in the service's order."""
     counted = metrics or Metrics()
-    inner = LoopbackOnly(BodyLimit(Attended(app), max_bytes=MAX_BYTES))
+    door = Admission(max_queue_seconds=1.0, max_bytes=max_bytes, metrics=counted)
+    inner = LoopbackOnly(BodyLimit(Attended(app), max_bytes=MAX_BYTES, admission=lambda: door))
     stack = Exchanges(inner, settings=settings or Settings(), metrics=lambda: counted)
     with served(stack, lifespan=False) as url, httpx.Client(base_url=url, timeout=20) as client:
         yield client
@@ -282,3 +286,29 @@ def _read_all(raw: socket.socket) -> bytes:
     while part := raw.recv(65536):
         data += part
     return data
+
+
+def test_bodies_that_find_no_room_beside_others_are_told_to_come_back() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        entered.set()
+        await asyncio.to_thread(leave.wait, 20)
+        await PlainTextResponse(str(len(body)))(scope, receive, send)
+
+    with around(slow, max_bytes=MAX_BYTES) as client:
+        first: list[int] = []
+        sender = threading.Thread(target=lambda: first.append(client.post("/", content=b"x" * 700).status_code))
+        sender.start()
+        assert entered.wait(20)
+        refused = client.post("/", content=b"x" * 400)
+        chunked = client.post("/", content=iter([b"x" * 200, b"x" * 200]))
+        leave.set()
+        sender.join()
+        assert first == [200]
+        for answer in (refused, chunked):
+            assert (answer.status_code, code_of(answer)) == (429, "overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+        answers = (client.post("/", content=b"x" * 400).text for _ in range(200))  # room is made just after a reply
+        assert "400" in answers

@@ -235,12 +235,6 @@ def test_no_budget_means_no_decoding(service: Service, monkeypatch: pytest.Monke
         assert refusal.value.retry_after_s > 0
 
 
-def test_more_bytes_than_all_requests_may_hold_are_too_large(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.runtime.admission, "max_bytes", 10)
-    with pytest.raises(TooLarge, match="bytes"):
-        answer(service, ASK)
-
-
 # --- many at once --------------------------------------------------------------------------------------------
 
 
