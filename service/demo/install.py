@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from adapters.errors import BackboneNotFound
 from adapters.registry.base import DEFAULT_ALIAS
 from service.backbone.base import load_manifest
 from service.config import Settings
 from service.demo.recipes import ASSETS, RECIPES
 from service.demo.samples import ITEMS_FILE, write_samples
-from service.gallery.store import read_sources
+from service.gallery.sources import read_sources
 from service.home import open_registry, push_package
 from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime
@@ -26,12 +27,24 @@ BUILD_TIMEOUT_S = 3600.0
 
 async def install(settings: Settings, out: TextIO) -> None:
     """Install or update the demo in `settings.home`; what is there already is left as it is."""
+    missing = missing_assets()
+    if missing:
+        raise BackboneNotFound(
+            f"this checkout lacks the demo's trained weights ({', '.join(missing)}); `make demo` trains them"
+        )
     settings.home.mkdir(parents=True, exist_ok=True)
     _install_backbone(settings)
     for task in RECIPES:
         _install_adapter(settings, task)
     _draw(settings, out)
     await _build_galleries(settings, out)
+
+
+def missing_assets() -> list[str]:
+    """Which of the demo's weights are not beside the code."""
+    files = {"backbone": ASSETS / "backbone" / "backbone.json"}
+    files |= {task: ASSETS / "adapters" / task / "adapter_config.json" for task in RECIPES}
+    return [name for name, file in files.items() if not file.exists()]
 
 
 def _install_backbone(settings: Settings) -> None:
