@@ -297,7 +297,7 @@ def gallery_build(
     """Embed a collection and make it live; a running server picks it up. Goes on where an earlier attempt stopped."""
     from tqdm import tqdm
 
-    from service.gallery.store import read_sources
+    from service.gallery.sources import read_sources
     from service.home import build_gallery
     from service.pipelines.galleries import BuildOptions, BuildProgress
 

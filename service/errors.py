@@ -48,7 +48,15 @@ class NotReady(AdapterBankError):
 
 
 class BadMedia(AdapterBankError):
-    """The picture, clip or sound cannot be used."""
+    """The picture, clip or sound cannot be used.
+
+    `worker_died`: nobody looked at it to the end, for the process that did was killed or crashed. Mostly the medium's fault,
+    and sometimes that of whoever killed it: the same medium may be fine at another try.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, worker_died: bool = False) -> None:
+        super().__init__(message, param=param)
+        self.worker_died = worker_died
 
 
 class UnsupportedMedia(BadMedia):

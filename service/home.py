@@ -15,7 +15,7 @@ from adapters.registry.sqlite import SqliteRegistry
 from service.backbone.base import load_manifest
 from service.bank import DEFAULT_BUCKETS
 from service.config import Settings
-from service.gallery.store import Source
+from service.gallery.sources import Source
 from service.loader import check_fit
 from service.pipelines.galleries import BuildOptions, BuildProgress
 from service.runtime import HomeFolders, Runtime

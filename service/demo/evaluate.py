@@ -20,7 +20,7 @@ from service.config import Settings
 from service.demo.recipes import ABLATIONS, ASSETS, RECIPES
 from service.demo.samples import write_media
 from service.demo.world import TASKS, Item, Task, evaluation_set, split_of
-from service.gallery.store import read_sources
+from service.gallery.sources import read_sources
 from service.home import push_package
 from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime

@@ -1,5 +1,6 @@
 """Galleries: named, versioned, searchable collections of videos, pictures or texts, embedded by one adapter."""
 
+from service.gallery.build import EmbeddedItem, GalleryBuild
 from service.gallery.frames import (
     DEFAULT_TAU,
     FrameScores,
@@ -11,25 +12,20 @@ from service.gallery.frames import (
     rerank_frames,
 )
 from service.gallery.index import IndexKind, SearchResult, VectorIndex
-from service.gallery.store import (
+from service.gallery.manifest import (
     NUMERICS_VERSION,
     EmbeddedBy,
-    EmbeddedItem,
-    Gallery,
-    GalleryBuild,
     GalleryItem,
     GalleryKind,
     GalleryManifest,
     GalleryPlan,
-    GalleryStore,
     MediaReference,
     Quarantined,
-    Source,
     check_item_id,
     embedding_key,
-    read_sources,
-    sources_digest,
 )
+from service.gallery.sources import Source, read_sources, sources_digest
+from service.gallery.store import Gallery, GalleryStore
 
 __all__ = [
     "DEFAULT_TAU",

@@ -93,7 +93,8 @@ class MediaWorkers:
 
         Raises: `Overloaded` if the queue is full, `NotReady` after `close`. The future raises what the function raised;
         `MediaTimeout` past `limits.timeout_s` in the worker (waiting not counted), `MediaTooLarge` out of memory,
-        `CorruptMedia` if the worker crashed, `NotReady` if no worker can be started or the pool was closed meanwhile.
+        `CorruptMedia` if the worker crashed (both with `worker_died` where the process came to an end), `NotReady` if no worker can
+        be started or the pool was closed meanwhile.
         """
         future: Future[R] = Future()
         with self._changed:
@@ -243,9 +244,10 @@ class _Worker:
         status = self.discard()
         if self._closed:
             return NotReady(_CLOSING)
-        if status == -signal.SIGKILL:  # not by us: the system was out of memory
-            return MediaTooLarge("decoding was killed by the system, which is what happens when memory runs out")
-        return CorruptMedia(f"decoding crashed its worker (exit status {status})")
+        if status == -signal.SIGKILL:  # not by us: most likely the system was out of memory
+            reason = "decoding was killed by the system, which is what happens when memory runs out"
+            return MediaTooLarge(reason, worker_died=True)
+        return CorruptMedia(f"decoding crashed its worker (exit status {status})", worker_died=True)
 
 
 @dataclass(frozen=True, eq=False)

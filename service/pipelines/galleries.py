@@ -12,20 +12,13 @@ from torch import Tensor
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterBankError, NotFound
 from adapters.registry.base import GalleryRecord, Registry
-from service.errors import BadQuery, DeadlineExceeded, GalleryNotFound, NotReady, Overloaded
+from service.errors import BadMedia, BadQuery, DeadlineExceeded, GalleryNotFound, NotReady, Overloaded
+from service.gallery.build import EmbeddedItem, GalleryBuild
 from service.gallery.frames import DEFAULT_TAU, Pooling
 from service.gallery.index import IndexKind
-from service.gallery.store import (
-    EmbeddedBy,
-    EmbeddedItem,
-    Gallery,
-    GalleryBuild,
-    GalleryKind,
-    GalleryPlan,
-    GalleryStore,
-    Source,
-    embedding_key,
-)
+from service.gallery.manifest import EmbeddedBy, GalleryKind, GalleryPlan, embedding_key
+from service.gallery.sources import Source
+from service.gallery.store import Gallery, GalleryStore
 from service.loader import Loader, Pin
 from service.pipelines.stages import Medium, StageRunner, preprocessing_of, text_limit, tokenize_within
 from service.types import MediaKind, RequestContext
@@ -58,7 +51,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """One step of a build: sources done, of how many, and how many were left out."""
+    """One step of a build: sources done, of how many, and how many were left out; earlier attempts count."""
 
     done: int
     total: int
@@ -203,7 +196,7 @@ class Galleries:
         sources = build.pending()
         pending = iter(sources)
         running: set[asyncio.Task[tuple[Source, EmbeddedItem | AdapterBankError]]] = set()
-        done, quarantined = total - len(sources), 0
+        done = total - len(sources)
         try:
             while True:
                 while len(running) < BUILD_CONCURRENCY and (source := next(pending, None)) is not None:
@@ -212,10 +205,10 @@ class Galleries:
                     return
                 finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in finished:
-                    quarantined += await to_thread_whole(_store, build, *task.result())
+                    await to_thread_whole(_store, build, *task.result())
                     done += 1
                 if report is not None:
-                    report(BuildProgress(done, total, quarantined))
+                    report(BuildProgress(done, total, build.num_quarantined))
         finally:
             for task in running:
                 task.cancel()
@@ -224,7 +217,11 @@ class Galleries:
     async def _embed(
         self, source: Source, pin: Pin, context: RequestContext
     ) -> tuple[Source, EmbeddedItem | AdapterBankError]:
-        """A source embedded, or what is wrong with it. Raises: NotReady, DeadlineExceeded, which say nothing about it."""
+        """A source embedded, or what is wrong with it. One whose media worker died is tried once more: somebody else may have killed it.
+
+        Raises: NotReady, DeadlineExceeded, which say nothing about the source.
+        """
+        may_retry = True
         while True:
             try:
                 return source, await self._embedded(source, pin, context)
@@ -233,7 +230,9 @@ class Galleries:
             except (NotReady, DeadlineExceeded):
                 raise
             except AdapterBankError as error:
-                return source, error
+                if not (may_retry and isinstance(error, BadMedia) and error.worker_died):
+                    return source, error
+                may_retry = False
 
     async def _embedded(self, source: Source, pin: Pin, context: RequestContext) -> EmbeddedItem:
         stages = self._stages
@@ -269,13 +268,11 @@ def frame_features(frames: Tensor | None) -> np.ndarray[tuple[int, ...], np.dtyp
     return np.asarray(frames.numpy(), np.float32)
 
 
-def _store(build: GalleryBuild, source: Source, result: EmbeddedItem | AdapterBankError) -> int:
-    """Add or quarantine; returns 1 for a quarantined source."""
+def _store(build: GalleryBuild, source: Source, result: EmbeddedItem | AdapterBankError) -> None:
+    """Add, or quarantine what cannot be added."""
     if isinstance(result, EmbeddedItem):
         try:
-            build.add(result)
-            return 0
+            return build.add(result)
         except AdapterBankError as error:
             result = error
     build.quarantine(source.id, result)
-    return 1

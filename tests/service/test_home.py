@@ -13,7 +13,8 @@ from adapters.package import read_package, write_package
 from service.backbone.base import load_backbone
 from service.config import Settings
 from service.errors import BadQuery
-from service.gallery.store import GalleryStore, Source
+from service.gallery.sources import Source
+from service.gallery.store import GalleryStore
 from service.home import build_gallery, open_registry, push_package
 from service.pipelines.galleries import BuildOptions, BuildProgress
 from service.runtime import HomeFolders

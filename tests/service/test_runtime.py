@@ -18,7 +18,7 @@ from adapters.errors import AdapterBankError, BackboneNotFound, MissingPart, Reg
 from service import runtime as runtime_module
 from service.backbone.base import Backbone, part_digest, part_tensors
 from service.errors import NotReady
-from service.gallery.store import Source
+from service.gallery.sources import Source
 from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime, pick_device
 from service.types import (

@@ -177,8 +177,9 @@ def test_a_crash_costs_its_own_call(pool: MediaWorkers, function: Any, argument:
     before, num_files = pool.call_sync(tasks.pid), num_open_files()
     crashing = pool.submit(function, argument)
     following = pool.submit(tasks.pid)
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         crashing.result(PATIENCE_S)
+    assert caught.value.worker_died  # type: ignore[attr-defined]
     after = following.result(PATIENCE_S)
     assert after != before
     assert not is_alive(before)
@@ -194,8 +195,9 @@ def test_a_worker_killed_while_idle_is_replaced(pool: MediaWorkers) -> None:
 
 def test_memory_is_limited(pool: MediaWorkers) -> None:
     before = pool.call_sync(tasks.pid)
-    with pytest.raises(MediaTooLarge, match="memory"):
+    with pytest.raises(MediaTooLarge, match="memory") as caught:
         pool.call_sync(tasks.allocate, 10 * 2**30)
+    assert not caught.value.worker_died
     assert pool.call_sync(tasks.allocate, 2**20) == 2**20
     assert pool.call_sync(tasks.pid) == before
 

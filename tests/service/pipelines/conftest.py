@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.gallery.store import Gallery, Source
+from service.gallery.sources import Source
+from service.gallery.store import Gallery
 from service.pipelines.galleries import BuildOptions
 from tests.service.media.clips import make_clip
 from tests.service.worlds import Service, context, picture

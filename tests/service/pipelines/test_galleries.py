@@ -1,6 +1,9 @@
 """Building galleries: what goes in, what is left out and why, going on after a stop, and how versions appear."""
 
 import asyncio
+import os
+import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,13 @@ import pytest
 
 from adapters.errors import AdapterNotFound, ConversionError
 from service.errors import BadQuery, DeadlineExceeded, GalleryBusy, GalleryNotFound, NotReady, Overloaded
-from service.gallery.store import Source, read_sources
+from service.gallery.sources import Source, read_sources
+from service.media import MediaSource, MediaWorkers
 from service.pipelines import galleries as galleries_module
 from service.pipelines.galleries import BuildOptions, BuildProgress, to_thread_whole
 from service.types import GalleryKind
+from tests.service.gallery.galleries import write_strangely_named
+from tests.service.media import tasks
 from tests.service.pipelines.conftest import Collection, clip_sources, picture_sources, text_sources
 from tests.service.test_bank import holders
 from tests.service.worlds import Service, context, picture
@@ -105,6 +111,60 @@ def test_broken_files_are_quarantined_and_the_rest_is_built(service: Service, tm
     assert set(left_out) == {"picture-1", "picture-2", "missing"}
     assert steps[-1] == BuildProgress(done=5, total=5, quarantined=3)
     assert [step.done for step in steps] == sorted(step.done for step in steps)
+
+
+def test_a_file_that_is_not_named_in_utf8_is_left_out_and_listed(service: Service, tmp_path: Path) -> None:
+    for number, name in enumerate((b"a.png", b"caf\xe9.png", "é.png".encode())):
+        write_strangely_named(tmp_path, name, picture(number))
+    steps: list[BuildProgress] = []
+    sources, options = read_sources(tmp_path), BuildOptions("image")
+    service.call(service.runtime.galleries.build("strange", "find", sources, options, context(), steps.append))
+    gallery = opened(service, "strange")
+    assert gallery.ids == ("a.png", "é.png")
+    assert [(entry.source, entry.message) for entry in gallery.quarantined()] == [
+        (r"caf\xe9.png", "its name is not UTF-8")
+    ]
+    assert steps[-1] == BuildProgress(done=3, total=3, quarantined=1)
+
+
+@pytest.mark.parametrize(("num_kills", "num_tries", "left_out"), [(1, 2, []), (2, 2, ["picture-1"])])
+def test_an_item_whose_worker_was_killed_gets_one_more_try(
+    service: Service,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_kills: int,
+    num_tries: int,
+    left_out: list[str],
+) -> None:
+    sources = picture_sources(tmp_path, 4)
+    (tmp_path / "2.png").write_bytes(picture(2)[:70])
+    media, tries = service.runtime.stages.media, Counter[str]()
+    decode = media.image
+
+    async def image(source: MediaSource, prep: Any) -> Any:
+        assert isinstance(source, Path)
+        tries[source.name] += 1
+        if source.name == "1.png" and tries["1.png"] <= num_kills:
+            await killed_at_work(media, tmp_path / f"worker-{tries['1.png']}")
+        return await decode(source, prep)
+
+    monkeypatch.setattr(media, "image", image)
+    name = f"killed-{num_kills}"
+    build(service, name, sources)
+    quarantined = {entry.source: entry.code for entry in opened(service, name).quarantined()}
+    assert quarantined == {**dict.fromkeys(left_out, "media_too_large"), "picture-2": "corrupt_media"}
+    assert tries["1.png"] == num_tries
+    assert tries["2.png"] == 1  # looked at to the end: another try would say the same
+
+
+async def killed_at_work(media: MediaWorkers, folder: Path) -> None:
+    """Raises what a call raises whose worker somebody else kills."""
+    folder.mkdir()
+    call = asyncio.ensure_future(media.call(tasks.meet, folder, 2))  # waits for a second worker, which never comes
+    while not (workers := list(folder.iterdir())):
+        await asyncio.sleep(0.005)
+    os.kill(int(workers[0].name), signal.SIGKILL)
+    await call
 
 
 def test_texts_that_are_too_long_are_quarantined(service: Service) -> None:

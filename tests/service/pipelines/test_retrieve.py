@@ -21,7 +21,8 @@ from service.errors import (
     Overloaded,
     UnsupportedMedia,
 )
-from service.gallery.store import Gallery, Source
+from service.gallery.sources import Source
+from service.gallery.store import Gallery
 from service.pipelines.galleries import BuildOptions
 from service.pipelines.retrieve import NOT_MATCHED, Candidates, match_scores, shortlist
 from service.pipelines.stages import Medium
