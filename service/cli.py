@@ -305,9 +305,12 @@ def gallery_build(
     if not sources:
         raise AdapterBankError(f"{source} holds no pictures, clips or texts", param="from")
     options = BuildOptions.checked(kind=sources[0].kind, pooling=pooling, index=index, copy_media=copy_media)
+    left_out = 0
     with tqdm(total=len(sources), unit="item", disable=None) as bar:
 
         def report(progress: BuildProgress) -> None:
+            nonlocal left_out
+            left_out = progress.quarantined
             bar.n = progress.done
             bar.set_postfix(quarantined=progress.quarantined, refresh=False)
             bar.update(0)
@@ -315,6 +318,8 @@ def gallery_build(
         settings = Settings.load(home=home, backbone=backbone)
         record = asyncio.run(build_gallery(settings, name, adapter, sources, options, report))
     print(f"{record.name} version {record.version} is live: {record.embedding_key}")
+    if left_out:
+        print(f"left out: {left_out} of {len(sources)}; see quarantine.jsonl in the version's folder")
 
 
 @gallery_app.command("list")

@@ -100,6 +100,7 @@ def colours(home: Path, pictures: Path) -> str:
 def test_a_gallery_is_built_listed_and_built_anew(home: Path, colours: str) -> None:
     assert "colours version 1 is live" in colours
     assert "colours version 2 is live" in colours
+    assert colours.count("left out: 1 of 5") == 2
     rows = json.loads(run("gallery", "list", "--json", home=home).stdout)
     expected = [(1, False, "pictures"), (2, True, "__base__")]
     assert [(row["version"], row["live"], row["adapter"]) for row in rows] == expected
