@@ -1,25 +1,18 @@
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.service.http.serving import serving_tiny
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("locust") is None, reason="the load generator is not installed"
-)
-
 
 def locust(url: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """A short run in a process of its own: importing locust patches the one it is in."""
-    arguments = ["--headless", "--users", "2", "--spawn-rate", "10", "--run-time", "1s", "--json", "--host", url]
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments]
+    limits = ["--users", "2", "--spawn-rate", "10", "--run-time", "5s", "--stop-timeout", "30"]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--json", "--host", url, *limits]
     environment = os.environ | {"PYTHONPATH": str(LOCUSTFILE.parents[1])} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
