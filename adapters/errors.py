@@ -17,6 +17,7 @@
     ├── RankTooLarge            no slot bucket is wide enough for the adapter's rank
     ├── ConversionError         a foreign checkpoint or folder that cannot become ours
     └── RegistryUnavailable     the registry cannot be read or written now
+        └── RegistryLost        it is empty, or went back, or is another one than before
 
 `service.errors` adds what only a running server meets. Inner layers raise these and know no HTTP; one table turns them into a status and a code.
 """
@@ -93,3 +94,7 @@ class ConversionError(AdapterBankError):
 
 class RegistryUnavailable(AdapterBankError):
     """The registry cannot be read or written at the moment."""
+
+
+class RegistryLost(RegistryUnavailable):
+    """The registry is empty, went back to an earlier state, or is another one: it must be restored, and nothing else may be written."""

@@ -257,7 +257,7 @@ def push(
 @app.command("adapters")
 def list_adapters(home: Home = None, as_json: AsJson = False) -> None:
     """List registered adapters."""
-    from service.home import open_registry
+    from service.folders import open_registry
 
     snapshot = open_registry(Settings.load(home=home)).snapshot()
     rows = [
@@ -325,14 +325,14 @@ def gallery_build(
 @gallery_app.command("list")
 def gallery_list(home: Home = None, as_json: AsJson = False) -> None:
     """List galleries and their versions."""
-    from service.home import open_registry
+    from service.folders import open_registry
 
     snapshot = open_registry(Settings.load(home=home)).snapshot()
     rows = [
         {
             "name": r.name,
             "version": r.version,
-            "live": r.live,
+            "live": snapshot.live_version(r.name) == r.version,
             "adapter": r.adapter_name or r.adapter,
             "status": r.status,
         }

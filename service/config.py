@@ -26,6 +26,9 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path("~/.adapter-bank"), description="State: registry, artifacts, galleries, backbones.")
     backbone: Path | None = Field(default=None, description="Backbone folder. Default: HOME/backbone.")
+    registry_url: str | None = Field(
+        default=None, description="Registry shared by replicas, redis://host:6379/0. Default: HOME/registry.sqlite."
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto (cuda if there is one).")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Serving precision. bfloat16 halves memory and changes scores slightly."

@@ -10,24 +10,18 @@ from adapters.config import check_name
 from adapters.errors import Conflict, RankTooLarge
 from adapters.families import family_of
 from adapters.package import check_backbone, read_package
-from adapters.registry.base import DEFAULT_ALIAS, GalleryRecord, PackageInfo, VersionRecord
-from adapters.registry.sqlite import SqliteRegistry
+from adapters.registry import DEFAULT_ALIAS, GalleryRecord, PackageInfo, VersionRecord
 from service.backbone.base import load_manifest
 from service.bank import DEFAULT_BUCKETS
 from service.config import Settings
+from service.folders import HomeFolders, open_registry
 from service.gallery.sources import Source
 from service.loader import check_fit
 from service.pipelines.galleries import BuildOptions, BuildProgress
-from service.runtime import HomeFolders, Runtime
+from service.runtime import Runtime
 from service.types import RequestContext
 
 BUILD_TIMEOUT_S = 7 * 24 * 3600.0
-
-
-def open_registry(settings: Settings) -> SqliteRegistry:
-    """The home's registry, made if there is none."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    return SqliteRegistry(HomeFolders(settings.home).registry)
 
 
 def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:

@@ -26,7 +26,7 @@ from adapters.errors import (
 from adapters.families import family_of
 from adapters.families.base import BackboneDims
 from adapters.package import Package, check_backbone, read_package
-from adapters.registry.base import AliasReference, BaseReference, Registry, Snapshot, VersionRecord, parse_reference
+from adapters.registry import AliasReference, BaseReference, Registry, Snapshot, VersionRecord, parse_reference
 from service.backbone.base import Backbone
 from service.backbone.config import BlipConfig
 from service.bank import AdapterBank, fold_package
@@ -125,10 +125,6 @@ class Loader:
             snapshot = self._registry.snapshot()
         except RegistryUnavailable as error:
             self._keep_known(now, error.message)
-            return
-        known = self.snapshot
-        if snapshot.epoch != known.epoch or snapshot.generation < known.generation:
-            self._keep_known(now, f"it was lost: generation {snapshot.generation} of another history was found")
             return
         self._state = RegistryState(snapshot, now)
         self._metrics.registry_generation.set(snapshot.generation)

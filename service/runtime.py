@@ -7,20 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from adapters.artifacts import LocalArtifactStore
 from adapters.errors import MissingPart
-from adapters.registry.base import VersionRecord
-from adapters.registry.sqlite import SqliteRegistry
+from adapters.registry import VersionRecord
 from service.admission import Admission
 from service.backbone.base import Backbone, load_backbone
 from service.bank import AdapterBank, Buckets, default_buckets
 from service.config import MIB, Settings
 from service.engine import Engine
+from service.folders import HomeFolders, open_registry
 from service.gallery.store import GalleryStore
 from service.loader import Loader
 from service.media import MediaLimits, MediaWorkers
@@ -35,28 +33,6 @@ log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
 EXIT_DEVICE_LOST = 75
-
-
-@dataclass(frozen=True)
-class HomeFolders:
-    """Where a home keeps what."""
-
-    root: Path
-
-    @property
-    def registry(self) -> Path:
-        """The SQLite file."""
-        return self.root / "registry.sqlite"
-
-    @property
-    def artifacts(self) -> Path:
-        """Packages by digest."""
-        return self.root / "artifacts"
-
-    @property
-    def galleries(self) -> Path:
-        """Galleries by name."""
-        return self.root / "galleries"
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,7 +61,7 @@ class Runtime:
         device = pick_device(settings.device)
         self.backbone = load_backbone(settings.backbone_folder, device=str(device), dtype=settings.dtype)
         self.metrics.backbone_loads.inc()
-        self.registry = SqliteRegistry(folders.registry)
+        self.registry = open_registry(settings)
         self.artifacts = LocalArtifactStore(folders.artifacts)
         self.bank = _make_bank(self.backbone, settings, self.metrics)
         self.admission = Admission(

@@ -5,88 +5,44 @@ commit is synced, so that a power cut cannot take a generation back. A file that
 process is noticed at the next call, and neither made anew nor opened: a lost registry is not an empty one.
 """
 
+import json
 import os
 import sqlite3
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
 
 from adapters.errors import RegistryUnavailable
-from adapters.registry.base import (
-    UNSET,
-    AliasRecord,
-    AuditRecord,
-    Expect,
-    GalleryRecord,
-    GalleryStatus,
-    PackageInfo,
-    Revision,
-    Snapshot,
-    Status,
-    VersionRecord,
-    check_alias_step,
-    check_gallery_step,
-    check_live_step,
-    check_status_step,
-    checked_gallery,
-    checked_version,
-    known_version,
-    next_version,
-)
+from adapters.registry.records import AuditRecord, Replica, Revision
+from adapters.registry.store import KEPT_TIPS, Changes, Contents, Write
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x41644272  # "AdBr" in the file's header: this SQLite file is a registry
 BUSY_TIMEOUT_S = 5.0
+POLL_S = 0.25  # how often a waiting reader looks whether the file changed
 
 SCHEMA = (
     """CREATE TABLE meta (
         id INTEGER PRIMARY KEY CHECK (id = 1),
         epoch TEXT NOT NULL,
-        generation INTEGER NOT NULL
+        generation INTEGER NOT NULL,
+        tip TEXT NOT NULL,
+        lineage TEXT NOT NULL
     )""",
-    """CREATE TABLE versions (
-        name TEXT NOT NULL,
-        version INTEGER NOT NULL CHECK (version > 0),
-        package_digest TEXT NOT NULL,
-        weights_digest TEXT NOT NULL,
-        family TEXT NOT NULL,
-        task TEXT NOT NULL,
-        rank INTEGER NOT NULL,
-        status TEXT NOT NULL,
-        reason TEXT,
-        created_at REAL NOT NULL,
-        PRIMARY KEY (name, version)
+    "CREATE TABLE tips (generation INTEGER PRIMARY KEY, tip TEXT NOT NULL)",
+    # A record that was dropped stays as a row without text, so that readers learn of it.
+    """CREATE TABLE records (
+        kind TEXT NOT NULL,
+        key TEXT NOT NULL,
+        text TEXT,
+        generation INTEGER NOT NULL,
+        PRIMARY KEY (kind, key)
     )""",
-    "CREATE UNIQUE INDEX versions_by_package ON versions (name, package_digest) WHERE status != 'deleted'",
-    """CREATE TABLE aliases (
-        name TEXT NOT NULL,
-        alias TEXT NOT NULL,
-        version INTEGER NOT NULL,
-        updated_at REAL NOT NULL,
-        PRIMARY KEY (name, alias),
-        FOREIGN KEY (name, version) REFERENCES versions (name, version)
-    )""",
-    """CREATE TABLE galleries (
-        name TEXT NOT NULL,
-        version INTEGER NOT NULL CHECK (version > 0),
-        embedding_key TEXT NOT NULL,
-        adapter TEXT NOT NULL,
-        adapter_name TEXT,
-        status TEXT NOT NULL,
-        reason TEXT,
-        created_at REAL NOT NULL,
-        PRIMARY KEY (name, version)
-    )""",
-    """CREATE TABLE live_galleries (
-        name TEXT PRIMARY KEY,
-        version INTEGER NOT NULL,
-        FOREIGN KEY (name, version) REFERENCES galleries (name, version)
-    )""",
+    "CREATE INDEX records_by_generation ON records (generation)",
     """CREATE TABLE audit (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         generation INTEGER NOT NULL,
@@ -98,23 +54,23 @@ SCHEMA = (
         "after" TEXT,
         reason TEXT
     )""",
+    "CREATE INDEX audit_by_generation ON audit (generation)",
     "CREATE TRIGGER audit_kept BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END",
     "CREATE TRIGGER audit_fixed BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END",
+    """CREATE TABLE replicas (
+        id TEXT PRIMARY KEY,
+        generation INTEGER NOT NULL,
+        is_serving INTEGER NOT NULL,
+        details TEXT NOT NULL,
+        at REAL NOT NULL
+    )""",
 )
 
-# Columns in the order of the records' fields.
-READ_VERSIONS = """SELECT name, version, package_digest, weights_digest, family, task, rank, status, reason, created_at
-    FROM versions ORDER BY name, version"""
-READ_ALIASES = "SELECT name, alias, version, updated_at FROM aliases ORDER BY name, alias"
-READ_GALLERIES = """SELECT name, version, embedding_key, adapter, adapter_name, status, reason, created_at,
-    EXISTS (SELECT 1 FROM live_galleries AS live WHERE live.name = g.name AND live.version = g.version)
-    FROM galleries AS g ORDER BY name, version"""
-READ_AUDIT = """SELECT generation, at, actor, action, subject, "before", "after", reason
-    FROM audit ORDER BY id DESC LIMIT ?"""
+AUDIT_COLUMNS = 'generation, at, actor, action, subject, "before", "after", reason'
 
 
-class SqliteRegistry:
-    """See Registry. `path` is made when there is no file; its folder must be on a local disk, as locks need one."""
+class SqliteStore:
+    """See Store. `path` is made when there is no file; its folder must be on a local disk, as locks need one."""
 
     def __init__(
         self,
@@ -128,203 +84,100 @@ class SqliteRegistry:
         # Two connections: a thread that waits for its turn to write holds up no reader.
         self._reader = _Database(self.path, busy_timeout_s)
         self._writer = _Database(self.path, busy_timeout_s)
-        self._cached: Snapshot | None = None
-        self._writer.create()
+        self._seen_version = 0
 
-    def revision(self) -> Revision:
-        """See Registry."""
+    def create(self, revision: Revision) -> None:
+        """See Store."""
+        self._writer.create(lambda connection: _begin(connection, Contents(revision, (), (), ())))
+
+    def revision(self) -> Revision | None:
+        """See Store."""
+        if not self.path.exists():
+            return None
         with self._reader.connection() as connection:
-            return _read_revision(connection)
+            return _read_meta(connection)[0]
 
-    def snapshot(self) -> Snapshot:
-        """See Registry."""
+    def changes(self, since: Revision | None) -> Changes | None:
+        """See Store."""
+        if not self.path.exists():
+            return None
         with self._reader.connection() as connection, _transaction(connection, "DEFERRED"):
-            return self._read_snapshot(connection)
+            revision, lineage = _read_meta(connection)
+            continues = since is not None and _is_ancestor(connection, since, revision)
+            after = since.generation if since is not None and continues else -1
+            if since == revision:
+                return Changes(revision, lineage, True, (), (), self._clock())
+            rows = connection.execute("SELECT kind, key, text FROM records WHERE generation > ?", (after,))
+            writes = tuple(Write(*row) for row in rows if continues or row[2] is not None)
+            log = connection.execute(f"SELECT {AUDIT_COLUMNS} FROM audit WHERE generation > ? ORDER BY id", (after,))
+            return Changes(revision, lineage, continues, writes, tuple(AuditRecord(*row) for row in log), self._clock())
 
-    def add_version(
-        self, name: str, package: PackageInfo, *, status: Literal["staged", "ready"] = "ready", actor: str = "system"
-    ) -> VersionRecord:
-        """See Registry."""
-        checked_version(name, package)
-        with self._changing(actor) as change:
-            return change.add_version(name, package, status)
+    def commit(self, base: Revision, tip: str, writes: Sequence[Write], log: Sequence[AuditRecord]) -> bool:
+        """See Store."""
+        with self._writer.connection() as connection, _transaction(connection, "IMMEDIATE"):
+            revision, _ = _read_meta(connection)
+            if revision.tip == tip:
+                return True
+            if revision != base:
+                return False
+            generation = revision.generation + 1
+            connection.execute("UPDATE meta SET generation = ?, tip = ?", (generation, tip))
+            connection.execute("INSERT INTO tips VALUES (?, ?)", (generation, tip))
+            connection.execute("DELETE FROM tips WHERE generation <= ?", (generation - KEPT_TIPS,))
+            _write(connection, generation, writes, log)
+            return True
 
-    def set_status(
-        self, name: str, version: int, status: Status, *, reason: str | None = None, actor: str = "system"
-    ) -> VersionRecord:
-        """See Registry."""
-        with self._changing(actor) as change:
-            return change.set_status(name, version, status, reason)
+    def replace(self, expect: Revision | None, contents: Contents) -> bool:
+        """See Store. Only where there is no file: one that is there is the operator's to move away."""
+        if self.path.exists() or expect is not None:
+            return False
+        return self._writer.create(lambda connection: _begin(connection, contents))
 
-    def set_alias(
-        self,
-        name: str,
-        alias: str,
-        version: int | None,
-        *,
-        expect: Expect = UNSET,
-        reason: str | None = None,
-        actor: str = "system",
-    ) -> AliasRecord | None:
-        """See Registry."""
-        with self._changing(actor) as change:
-            return change.set_alias(name, alias, version, expect, reason)
-
-    def add_gallery_version(
-        self,
-        name: str,
-        *,
-        embedding_key: str,
-        adapter: str,
-        adapter_name: str | None = None,
-        status: Literal["building", "ready"] = "ready",
-        actor: str = "system",
-    ) -> GalleryRecord:
-        """See Registry."""
-        checked_gallery(name, embedding_key, adapter, adapter_name)
-        with self._changing(actor) as change:
-            return change.add_gallery_version(name, embedding_key, adapter, adapter_name, status)
-
-    def set_gallery_status(
-        self, name: str, version: int, status: GalleryStatus, *, reason: str | None = None, actor: str = "system"
-    ) -> GalleryRecord:
-        """See Registry."""
-        with self._changing(actor) as change:
-            return change.set_gallery_status(name, version, status, reason)
-
-    def set_live_gallery(
-        self,
-        name: str,
-        version: int | None,
-        *,
-        expect: Expect = UNSET,
-        reason: str | None = None,
-        actor: str = "system",
-    ) -> GalleryRecord | None:
-        """See Registry."""
-        with self._changing(actor) as change:
-            return change.set_live_gallery(name, version, expect, reason)
-
-    def audit(self, *, limit: int = 100) -> tuple[AuditRecord, ...]:
-        """See Registry."""
+    def audit(self, limit: int) -> tuple[AuditRecord, ...]:
+        """See Store."""
         with self._reader.connection() as connection:
-            return tuple(AuditRecord(*row) for row in connection.execute(READ_AUDIT, (max(0, limit),)))
+            rows = connection.execute(f"SELECT {AUDIT_COLUMNS} FROM audit ORDER BY id DESC LIMIT ?", (limit,))
+            return tuple(AuditRecord(*row) for row in rows)
+
+    def beat(self, replica: Replica) -> None:
+        """See Store."""
+        row = (replica.id, replica.generation, replica.is_serving, json.dumps(dict(replica.details)), self._clock())
+        with self._writer.connection() as connection:
+            connection.execute("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?, ?)", row)
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """See Store."""
+        now = self._clock()
+        with self._reader.connection() as connection:
+            rows = connection.execute("SELECT id, generation, is_serving, details, at FROM replicas ORDER BY id")
+            return tuple(
+                Replica(name, generation, bool(serving), json.loads(details), max(0.0, now - at))
+                for name, generation, serving, details, at in rows
+            )
+
+    def forget(self, replica_id: str) -> None:
+        """See Store."""
+        with self._writer.connection() as connection:
+            connection.execute("DELETE FROM replicas WHERE id = ?", (replica_id,))
+
+    def wait(self, timeout_s: float) -> None:
+        """See Store. Looks a few times a second: a change of the file costs a look at one number."""
+        end = time.monotonic() + timeout_s
+        while True:
+            with self._reader.connection() as connection:
+                version = int(connection.execute("PRAGMA data_version").fetchone()[0])
+            if version != self._seen_version:
+                self._seen_version = version
+                return
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(POLL_S, left))
 
     def close(self) -> None:
-        """See Registry."""
+        """See Store."""
         self._reader.close()
         self._writer.close()
-
-    @contextmanager
-    def _changing(self, actor: str) -> Iterator["_Change"]:
-        with self._writer.connection() as connection, _transaction(connection, "IMMEDIATE"):
-            change = _Change(connection, self._read_snapshot(connection), actor, self._clock())
-            yield change
-            change.finish()
-
-    def _read_snapshot(self, connection: sqlite3.Connection) -> Snapshot:
-        revision, cached = _read_revision(connection), self._cached
-        if cached is not None and cached.revision == revision:
-            return cached
-        snapshot = Snapshot(
-            revision.epoch,
-            revision.generation,
-            tuple(VersionRecord(*row) for row in connection.execute(READ_VERSIONS)),
-            tuple(AliasRecord(*row) for row in connection.execute(READ_ALIASES)),
-            tuple(GalleryRecord(*(*row[:-1], bool(row[-1]))) for row in connection.execute(READ_GALLERIES)),
-        )
-        self._cached = snapshot  # read before this transaction wrote anything, so it holds for everybody
-        return snapshot
-
-
-class _Change:
-    """One write transaction: steps that happen together, each decided on the state `before` all of them."""
-
-    def __init__(self, connection: sqlite3.Connection, before: Snapshot, actor: str, at: float) -> None:
-        self.connection = connection
-        self.before = before
-        self.actor = actor
-        self.at = at
-        self.generation = before.generation + 1
-        self.is_empty = True
-
-    def finish(self) -> None:
-        """Raise the generation, unless nothing was changed."""
-        if not self.is_empty:
-            self.connection.execute("UPDATE meta SET generation = ?", (self.generation,))
-
-    def add_version(self, name: str, package: PackageInfo, status: Status) -> VersionRecord:
-        known = known_version(self.before, name, package.package_digest)
-        if known is not None:
-            return known
-        number = next_version(self.before.versions, name)
-        record = VersionRecord(name, number, **asdict(package), status=status, reason=None, created_at=self.at)
-        self.connection.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(record))
-        self._log("add_version", f"{name}@{number}", None, f"{status} {package.package_digest}", None)
-        return record
-
-    def set_status(self, name: str, version: int, status: Status, reason: str | None) -> VersionRecord:
-        record = check_status_step(self.before, name, version, status)
-        self.connection.execute(
-            "UPDATE versions SET status = ?, reason = ? WHERE name = ? AND version = ?", (status, reason, name, version)
-        )
-        self._log("set_status", f"{name}@{version}", record.status, status, reason)
-        return replace(record, status=status, reason=reason)
-
-    def set_alias(
-        self, name: str, alias: str, version: int | None, expect: Expect, reason: str | None
-    ) -> AliasRecord | None:
-        before = check_alias_step(self.before, name, alias, version, expect)
-        if before == version:
-            return next((r for r in self.before.aliases if (r.name, r.alias) == (name, alias)), None)
-        self._log("set_alias", f"{name}@{alias}", before, version, reason)
-        if version is None:
-            self.connection.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (name, alias))
-            return None
-        self.connection.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)", (name, alias, version, self.at))
-        return AliasRecord(name, alias, version, self.at)
-
-    def add_gallery_version(
-        self, name: str, embedding_key: str, adapter: str, adapter_name: str | None, status: GalleryStatus
-    ) -> GalleryRecord:
-        number = next_version(self.before.galleries, name)
-        self.connection.execute(
-            "INSERT INTO galleries VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (name, number, embedding_key, adapter, adapter_name, status, None, self.at),
-        )
-        self._log("add_gallery_version", f"{name}@{number}", None, f"{status} {adapter}", None)
-        return GalleryRecord(name, number, embedding_key, adapter, adapter_name, status, None, self.at, live=False)
-
-    def set_gallery_status(self, name: str, version: int, status: GalleryStatus, reason: str | None) -> GalleryRecord:
-        record = check_gallery_step(self.before, name, version, status)
-        self.connection.execute(
-            "UPDATE galleries SET status = ?, reason = ? WHERE name = ? AND version = ?",
-            (status, reason, name, version),
-        )
-        self._log("set_gallery_status", f"{name}@{version}", record.status, status, reason)
-        return replace(record, status=status, reason=reason)
-
-    def set_live_gallery(
-        self, name: str, version: int | None, expect: Expect, reason: str | None
-    ) -> GalleryRecord | None:
-        before, after = check_live_step(self.before, name, version, expect)
-        if before == after:
-            return after
-        self._log("set_live_gallery", name, before.version if before else None, version, reason)
-        if after is None:
-            self.connection.execute("DELETE FROM live_galleries WHERE name = ?", (name,))
-            return None
-        self.connection.execute("INSERT OR REPLACE INTO live_galleries VALUES (?, ?)", (name, version))
-        return replace(after, live=True)
-
-    def _log(
-        self, action: str, subject: str, before: str | int | None, after: str | int | None, reason: str | None
-    ) -> None:
-        self.is_empty = False
-        self.connection.execute(
-            "INSERT INTO audit VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.generation, self.at, self.actor, action, subject, before, after, reason),
-        )
 
 
 class _Database:
@@ -344,18 +197,24 @@ class _Database:
         with self._lock, self._translated():
             yield self._current()
 
-    def create(self) -> None:
-        """Make the file and its tables where there are none yet. Raises: RegistryUnavailable."""
+    def create(self, fill: Callable[[sqlite3.Connection], None]) -> bool:
+        """Make the file and its tables, and fill them, where there are none yet; whether this call did.
+
+        Raises: RegistryUnavailable.
+        """
         with self._lock, self._translated():
+            is_mine = False
             self._path.parent.mkdir(parents=True, exist_ok=True)
             connection = self._connection = self._connect("rwc")
             if _is_blank(connection):
                 _set_write_ahead(connection, self._busy_timeout_s)
                 with _transaction(connection, "IMMEDIATE"):
                     if _is_blank(connection):  # nobody else was quicker
-                        _create_schema(connection)
+                        fill(connection)
+                        is_mine = True
             _check_schema(connection)
             self._identity = self._find_identity()
+            return is_mine
 
     def close(self) -> None:
         """Close for good."""
@@ -390,7 +249,6 @@ class _Database:
             isolation_level=None,  # transactions begin where we say so
             check_same_thread=False,  # the lock sees to that
         )
-        connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
@@ -423,11 +281,31 @@ def _transaction(connection: sqlite3.Connection, kind: Literal["DEFERRED", "IMME
         raise
 
 
-def _read_revision(connection: sqlite3.Connection) -> Revision:
-    row = connection.execute("SELECT epoch, generation FROM meta").fetchone()
+def _read_meta(connection: sqlite3.Connection) -> tuple[Revision, tuple[str, ...]]:
+    """(revision, lineage)."""
+    row = connection.execute("SELECT epoch, generation, tip, lineage FROM meta").fetchone()
     if row is None:
         raise RegistryUnavailable("the registry has lost its epoch")
-    return Revision(*row)
+    return Revision(*row[:3]), tuple(json.loads(row[3]))
+
+
+def _is_ancestor(connection: sqlite3.Connection, since: Revision, now: Revision) -> bool:
+    """Whether the history that is at `now` went through `since`; so long ago that nobody knows counts as yes."""
+    if since.epoch != now.epoch or since.generation > now.generation:
+        return False
+    row = connection.execute("SELECT tip FROM tips WHERE generation = ?", (since.generation,)).fetchone()
+    return row is None or row[0] == since.tip
+
+
+def _write(
+    connection: sqlite3.Connection, generation: int, writes: Sequence[Write], log: Sequence[AuditRecord]
+) -> None:
+    connection.executemany(
+        "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", [(*write, generation) for write in writes]
+    )
+    connection.executemany(
+        f"INSERT INTO audit ({AUDIT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(record) for record in log]
+    )
 
 
 def _set_write_ahead(connection: sqlite3.Connection, timeout_s: float) -> None:
@@ -451,10 +329,16 @@ def _is_blank(connection: sqlite3.Connection) -> bool:
     return bool(tables == 0 and _pragma(connection, "user_version") == 0)
 
 
-def _create_schema(connection: sqlite3.Connection) -> None:
+def _begin(connection: sqlite3.Connection, contents: Contents) -> None:
+    """Tables, and what is in them to begin with."""
     for statement in SCHEMA:
         connection.execute(statement)
-    connection.execute("INSERT INTO meta VALUES (1, ?, 0)", (uuid.uuid4().hex,))
+    epoch, generation, tip = contents.revision
+    connection.execute(
+        "INSERT INTO meta VALUES (1, ?, ?, ?, ?)", (epoch, generation, tip, json.dumps(contents.lineage))
+    )
+    connection.execute("INSERT INTO tips VALUES (?, ?)", (generation, tip))
+    _write(connection, generation, contents.writes, contents.log)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TextIO
 
 from adapters.errors import BackboneNotFound
-from adapters.registry.base import DEFAULT_ALIAS
+from adapters.registry import DEFAULT_ALIAS
 from service.backbone.base import load_manifest
 from service.config import Settings
 from service.demo.recipes import ASSETS, RECIPES
 from service.demo.samples import ITEMS_FILE, write_samples
+from service.folders import open_registry
 from service.gallery.sources import read_sources
-from service.home import open_registry, push_package
+from service.home import push_package
 from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime
 from service.types import RequestContext
@@ -88,7 +89,7 @@ async def _build_galleries(settings: Settings, out: TextIO) -> None:
     wanted = next(
         r for r in snapshot.adapters[CLIPS_TASK] if r.version == snapshot.aliases_of(CLIPS_TASK)[DEFAULT_ALIAS]
     )
-    made_with = {r.name: r.adapter for records in snapshot.gallery_versions.values() for r in records if r.live}
+    made_with = {head.name: snapshot.gallery(head.name).adapter for head in snapshot.heads if head.live is not None}
     missing = [n for n in (CLIPS_GALLERY, CAPTIONS_GALLERY) if made_with.get(n) != wanted.weights_digest]
     if not missing:
         return

@@ -67,6 +67,7 @@ TABLE: Mapping[type[AdapterBankError], Rule] = {
     service_errors.NoFreeSlot: Rule(429, "no_free_slot", retry_after_s=1.0),
     service_errors.AdapterDamaged: Rule(503, "adapter_damaged", retry_after_s=30.0),
     service_errors.NotReady: Rule(503, "not_ready", retry_after_s=5.0),
+    adapter_errors.RegistryLost: Rule(503, "registry_lost", retry_after_s=10.0),
     adapter_errors.RegistryUnavailable: Rule(503, "registry_unavailable", retry_after_s=2.0),
     service_errors.DeadlineExceeded: Rule(504, "deadline_exceeded"),
     service_errors.EngineFailed: Rule(500, "engine_failed"),

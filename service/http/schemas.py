@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters.registry.base import Snapshot, VersionRecord
+from adapters.registry import Snapshot, VersionRecord
 from service.types import (
     AdapterInfo,
     GalleryMedia,

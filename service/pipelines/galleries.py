@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterBankError, NotFound
-from adapters.registry.base import GalleryRecord, Registry
+from adapters.registry import GalleryRecord, Registry
 from service.errors import BadMedia, BadQuery, DeadlineExceeded, GalleryNotFound, NotReady, Overloaded
 from service.gallery.build import EmbeddedItem, GalleryBuild
 from service.gallery.frames import DEFAULT_TAU, Pooling
@@ -170,6 +170,7 @@ class Galleries:
             embedding_key=plan.embedding_key,
             adapter=pin.digest,
             adapter_name=None if pin.digest == BASE_ADAPTER else pin.info.name,
+            adapter_version=pin.info.version,
             status="building",
         )
         try:
@@ -180,7 +181,8 @@ class Galleries:
             )
             raise
         registry.set_gallery_status(plan.name, record.version, "ready")
-        live = registry.set_live_gallery(plan.name, record.version)
+        follows = None if pin.info.alias is None else f"{pin.info.name}@{pin.info.alias}"
+        live = registry.set_live_gallery(plan.name, record.version, follows=follows)
         assert live is not None
         return live
 

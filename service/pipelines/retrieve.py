@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from adapters.config import BASE_ADAPTER
 from adapters.families.uniadapter import FRAME_TEMPERATURE, options_of
-from adapters.registry.base import GalleryRecord
+from adapters.registry import GalleryRecord
 from service.admission import Admission
 from service.backbone.cost import text_cost, tokens_per_frame, vision_cost
 from service.errors import BadQuery, IndexStale

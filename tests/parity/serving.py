@@ -24,8 +24,7 @@ from adapters.families.base import Adaptation
 from adapters.families.uniadapter import options_of
 from adapters.importers.uniadapter import ImportedAdapter, import_uniadapter
 from adapters.package import Package, write_package
-from adapters.registry.base import PackageInfo
-from adapters.registry.sqlite import SqliteRegistry
+from adapters.registry import PackageInfo, open_registry
 from service.backbone import convert
 from service.backbone.base import Backbone, load_backbone, write_backbone
 from service.backbone.config import SpecialIds
@@ -249,7 +248,7 @@ async def _serve(case: Case, folder: Path) -> Served:
     variants = {quantity.variant for quantity in case.claimed.values()} | {OWN, WHOLE}
     documents = {v.name: {**case.document, "config": case.settings(v)} for v in variants if not v.frozen}
     documents |= {c.name: c.document for c in companions if c.document is not None}
-    packages, registry, store = {}, SqliteRegistry(folder / "registry.sqlite"), LocalArtifactStore(folder / "artifacts")
+    packages, registry, store = {}, open_registry(folder / "registry.sqlite"), LocalArtifactStore(folder / "artifacts")
     for name, document in documents.items():
         imported = import_adapter(document, backbone)
         packages[name] = write_package(

@@ -13,11 +13,11 @@ from adapters.package import read_package, write_package
 from service.backbone.base import load_backbone
 from service.config import Settings
 from service.errors import BadQuery
+from service.folders import HomeFolders
 from service.gallery.sources import Source
 from service.gallery.store import GalleryStore
 from service.home import build_gallery, open_registry, push_package
 from service.pipelines.galleries import BuildOptions, BuildProgress
-from service.runtime import HomeFolders
 from tests.service.worlds import World, adapter_config, make_package, picture, random_tensors, write_tiny_backbone
 
 TEXTS = [Source(str(number), "text", text=text) for number, text in enumerate(("a red circle", "a blue square"))]
@@ -132,7 +132,7 @@ def test_a_gallery_is_built_with_an_engine_of_its_own_and_reported(copied: World
     record = asyncio.run(
         build_gallery(copied.settings, "mine", "find", sources, BuildOptions("image"), report=steps.append)
     )
-    assert (record.version, record.live, record.adapter_name) == (1, True, "find")
+    assert (record.version, record.status, record.adapter_name) == (1, "ready", "find")
     assert steps[-1] == BuildProgress(done=2, total=2, quarantined=1)
     assert GalleryStore(HomeFolders(copied.settings.home).galleries).versions("mine") == [1]
 
@@ -147,10 +147,10 @@ def test_a_gallery_that_cannot_be_built_ends_the_engine_too(copied: World) -> No
 
 
 def test_an_alias_somebody_else_set_first_is_theirs(copied: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapters.registry.sqlite import SqliteRegistry
+    from adapters.registry import Registry
 
     def lost(*_: object, **__: object) -> None:
         raise Conflict("somebody was faster")
 
-    monkeypatch.setattr(SqliteRegistry, "set_alias", lost)
+    monkeypatch.setattr(Registry, "set_alias", lost)
     assert copied.push("new", seed=42).version == 1

@@ -20,14 +20,15 @@ from adapters.errors import (
     RankTooLarge,
     RegistryUnavailable,
 )
-from adapters.registry.base import Snapshot
-from adapters.registry.sqlite import SqliteRegistry
+from adapters.registry import Registry, Snapshot
+from adapters.registry.registry import blank_revision
+from adapters.registry.sqlite import SqliteStore
 from service.backbone.base import load_backbone
 from service.bank import AdapterBank, Buckets
 from service.errors import AdapterDamaged, NotReady
+from service.folders import HomeFolders
 from service.loader import Loader, Pin
 from service.metrics import Metrics
-from service.runtime import HomeFolders
 from tests.service.test_bank import holders
 from tests.service.worlds import World, make_bank, write_tiny_backbone
 
@@ -54,7 +55,7 @@ class Artifacts(LocalArtifactStore):
         return super().path(digest)
 
 
-class Watched(SqliteRegistry):
+class Watched(Registry):
     """A registry that counts how often it is looked at, and can be away."""
 
     num_looks = 0
@@ -73,7 +74,7 @@ class Bench:
     def __init__(self, world: World, *, buckets: Buckets, host_bytes: int) -> None:
         folders = HomeFolders(world.settings.home)
         self.world = world
-        self.registry = Watched(folders.registry)
+        self.registry = Watched(SqliteStore(folders.registry))
         self.artifacts = Artifacts(folders.artifacts)
         self.bank: AdapterBank = make_bank(world.backbone, buckets, host_bytes)
         self.metrics = Metrics()
@@ -403,14 +404,15 @@ def test_serving_goes_on_while_the_registry_is_away(run: Run, caplog: pytest.Log
 def test_a_registry_with_another_history_or_an_older_state_is_lost_and_not_empty(run: Run, tmp_path: Path) -> None:
     async def story(bench: Bench) -> None:
         known = bench.loader.snapshot
-        empty = SqliteRegistry(tmp_path / "another.sqlite")
-        bench.loader._registry = empty
+        store, empty = bench.registry._store, SqliteStore(tmp_path / "another.sqlite")
+        empty.create(blank_revision())
+        bench.registry._store = empty
         await bench.loader.refresh()
         assert bench.loader.snapshot is known
-        assert bench.loader.registry_error is not None
+        assert bench.loader.registry_error is not None and "another history" in bench.loader.registry_error
         assert (await bench.pinned("ask")).info.name == "ask"
         empty.close()
-        bench.loader._registry = bench.registry
+        bench.registry._store = store
         await bench.loader.refresh()
         assert bench.loader.registry_error is None
 

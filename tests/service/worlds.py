@@ -23,7 +23,7 @@ from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preproce
 from adapters.families import FAMILIES
 from adapters.families.base import BackboneDims
 from adapters.package import Package, write_package
-from adapters.registry.base import VersionRecord
+from adapters.registry import VersionRecord
 from service.backbone.base import Backbone, load_backbone, load_tokenizer, write_backbone
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from adapters.config import check_name
 from adapters.errors import AdapterNotFound, InvalidReference
-from adapters.registry.base import AliasReference
+from adapters.registry import AliasReference
 from service.http.dependencies import RuntimeDep
 from service.http.errors import responses
 from service.http.schemas import AdapterDetails, AdaptersReply, Tier

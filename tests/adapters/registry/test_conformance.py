@@ -3,55 +3,23 @@
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from adapters.errors import AdapterNotFound, Conflict, InvalidReference, NotFound, RegistryUnavailable
-from adapters.registry.base import (
-    GALLERY_TRANSITIONS,
-    TRANSITIONS,
-    UNSET,
-    AliasReference,
-    Expect,
-    PackageInfo,
-    Registry,
-    Status,
-    VersionReference,
+from adapters.errors import (
+    AdapterNotFound,
+    Conflict,
+    InvalidReference,
+    NotFound,
+    RegistryLost,
+    RegistryUnavailable,
 )
-from adapters.registry.sqlite import SqliteRegistry
-
-
-def open_sqlite(folder: Path) -> Registry:
-    return SqliteRegistry(folder / "registry.db", busy_timeout_s=30)
-
-
-BACKENDS: dict[str, Callable[[Path], Registry]] = {"sqlite": open_sqlite}
-
-
-@dataclass
-class Place:
-    """Somewhere a registry lives, that can be opened any number of times, also from other processes."""
-
-    backend: str
-    folder: Path
-    opened: list[Registry] = field(default_factory=list)
-
-    def open(self) -> Registry:
-        registry = BACKENDS[self.backend](self.folder)
-        self.opened.append(registry)
-        return registry
-
-
-@pytest.fixture(params=list(BACKENDS))
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    place = Place(request.param, tmp_path)
-    yield place
-    for registry in place.opened:
-        registry.close()
+from adapters.registry import UNSET, AliasReference, Expect, Memory, PackageInfo, Registry, Replica, VersionReference
+from adapters.registry.records import GALLERY_TRANSITIONS, TRANSITIONS, Canary, Status
+from tests.adapters.registry.places import BACKENDS, Place
 
 
 @pytest.fixture
@@ -75,7 +43,7 @@ def test_starts_empty_at_generation_zero(registry: Registry) -> None:
     snapshot = registry.snapshot()
     assert snapshot.revision == registry.revision()
     assert snapshot.generation == 0
-    assert snapshot.epoch
+    assert snapshot.revision.epoch
     assert (snapshot.versions, snapshot.aliases, snapshot.galleries, registry.audit()) == ((), (), (), ())
 
 
@@ -147,7 +115,8 @@ def test_every_change_raises_the_generation_by_one(registry: Registry) -> None:
     epoch = registry.revision().epoch
     for generation, step in enumerate(steps, start=1):
         step()
-        assert registry.revision() == (epoch, generation) == registry.snapshot().revision
+        revision = registry.revision()
+        assert revision[:2] == (epoch, generation) and revision == registry.snapshot().revision
 
 
 def test_changes_that_change_nothing_leave_generation_and_audit_alone(registry: Registry) -> None:
@@ -158,8 +127,8 @@ def test_changes_that_change_nothing_leave_generation_and_audit_alone(registry: 
     before = registry.revision(), registry.audit()
     assert registry.set_alias("a", "prod", 1) == alias
     assert registry.set_alias("a", "canary", None) is None
-    live = registry.set_live_gallery("clips", 1)
-    assert live is not None and live.live
+    assert registry.set_live_gallery("clips", 1) is not None
+    assert registry.snapshot().live_version("clips") == 1
     with pytest.raises(Conflict):
         registry.set_alias("a", "prod", None, expect=7)
     assert (registry.revision(), registry.audit()) == before
@@ -252,14 +221,14 @@ def test_an_alias_names_a_ready_version_of_its_own_name(registry: Registry) -> N
 def test_gallery_versions_and_the_live_one(registry: Registry, place: Place) -> None:
     first = registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1), adapter_name="retrieval")
     second = registry.add_gallery_version("clips", embedding_key="k2", adapter="__base__")
-    assert (first.version, second.version, first.live) == (1, 2, False)
+    assert (first.version, second.version, registry.snapshot().head("clips")) == (1, 2, None)
     with pytest.raises(NotFound, match="no live version"):
         registry.snapshot().gallery("clips")
     registry.set_live_gallery("clips", 1, expect=None)
     with pytest.raises(Conflict, match="the live 'clips' is version 1, not no version as expected"):
         registry.set_live_gallery("clips", 2, expect=None)
     moved = registry.set_live_gallery("clips", 2, expect=1)
-    assert moved is not None and (moved.version, moved.live) == (2, True)
+    assert moved is not None and moved.version == 2
     read = place.open().snapshot()
     assert read.gallery("clips") == moved
     assert read.gallery("clips", 1) == first
@@ -317,9 +286,9 @@ def test_one_handle_serves_many_threads(registry: Registry) -> None:
 NUM_WORKERS = 4  # processes that start together
 
 
-def race(backend: str, folder: Path, worker: int, num_packages: int, num_rounds: int) -> list[int]:
+def race(backend: str, address: str, folder: Path, worker: int, num_packages: int, num_rounds: int) -> list[int]:
     """In a process of its own: add versions, then try to move an alias once per round. The rounds won."""
-    registry = BACKENDS[backend](folder)
+    registry = Registry(BACKENDS[backend](address))
     (folder / f"ready-{worker}").touch()
     deadline = time.monotonic() + 60
     while len(list(folder.glob("ready-*"))) < NUM_WORKERS and time.monotonic() < deadline:
@@ -345,7 +314,7 @@ def test_processes_race_and_exactly_one_wins_each_step(place: Place) -> None:
     num_packages, num_rounds = 6, 6
     with ProcessPoolExecutor(NUM_WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
-            pool.submit(race, place.backend, place.folder, worker, num_packages, num_rounds)
+            pool.submit(race, place.backend, place.address, place.folder, worker, num_packages, num_rounds)
             for worker in range(NUM_WORKERS)
         ]
         wins = {worker: future.result(timeout=60) for worker, future in enumerate(futures)}
@@ -379,3 +348,313 @@ def test_unset_differs_from_none(registry: Registry) -> None:
     registry.set_alias("a", "prod", 1, expect=UNSET)
     registry.set_alias("a", "prod", 1)
     assert registry.snapshot().resolve(VersionReference("a", 1)).version == 1
+
+
+# --- validation --------------------------------------------------------------------------------------------
+
+
+def test_one_replica_validates_a_version_and_another_takes_over_when_it_dies(registry: Registry) -> None:
+    registry.add_version("a", package(1), status="staged")
+    claimed = registry.claim_validation("a", 1, "r1", {"r1", "r2"})
+    assert claimed is not None and (claimed.status, claimed.validator) == ("validating", "r1")
+    assert registry.claim_validation("a", 1, "r2", {"r1", "r2"}) is None
+    taken = registry.claim_validation("a", 1, "r2", {"r2"})
+    assert taken is not None and taken.validator == "r2"
+    with pytest.raises(Conflict, match="not for r1 to decide"):
+        registry.finish_validation("a", 1, "r1", None)
+    assert registry.finish_validation("a", 1, "r2", None).status == "ready"
+    assert registry.claim_validation("a", 1, "r2", {"r2"}) is None
+
+
+def test_the_first_version_that_is_ready_becomes_prod(registry: Registry) -> None:
+    for number, error in ((1, "its probe differs"), (2, None), (3, None)):
+        registry.add_version("a", package(number), status="staged")
+        registry.claim_validation("a", number, "r1", {"r1"})
+        registry.finish_validation("a", number, "r1", error)
+    assert registry.snapshot().version("a", 1).reason == "its probe differs"
+    assert registry.snapshot().aliases_of("a") == {"prod": 2}
+
+
+def test_a_failed_package_that_is_pushed_again_is_validated_again(registry: Registry) -> None:
+    registry.add_version("a", package(1), status="staged")
+    registry.claim_validation("a", 1, "r1", {"r1"})
+    registry.finish_validation("a", 1, "r1", "no")
+    again = registry.add_version("a", package(1), status="staged")
+    assert (again.version, again.status, again.reason) == (1, "staged", None)
+
+
+# --- rollouts ----------------------------------------------------------------------------------------------
+
+
+def ready_versions(registry: Registry, count: int = 3, name: str = "a") -> None:
+    """Versions 1, 2, ... of an adapter, all ready, the first of them prod."""
+    for number in range(1, count + 1):
+        registry.add_version(name, package(number))
+    registry.set_alias(name, "prod", 1)
+
+
+def test_an_alias_moves_when_every_replica_that_lives_is_ready(registry: Registry) -> None:
+    ready_versions(registry)
+    rollout = registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1", "r2", "r3"], actor="ada")
+    assert (rollout.phase, rollout.from_version, rollout.required) == ("preparing", 1, ("r1", "r2", "r3"))
+    assert registry.commit_rollout("op", {"r1", "r2", "r3"}, actor="r1") is None
+    registry.acknowledge("op", "r1")
+    registry.acknowledge("op", "r2")
+    assert registry.acknowledge("op", "r2") is None
+    assert registry.commit_rollout("op", {"r1", "r2", "r3"}, actor="r1") is None
+    assert registry.snapshot().aliases_of("a") == {"prod": 1}
+    committed = registry.commit_rollout("op", {"r1", "r2"}, actor="r1")  # r3 died
+    assert committed is not None and committed.phase == "committed"
+    alias = registry.snapshot().alias("a", "prod")
+    assert alias is not None and (alias.version, alias.history) == (2, (1,))
+    assert registry.commit_rollout("op", {"r1"}, actor="r2") is None
+    with pytest.raises(Conflict, match="is committed; roll back instead"):
+        registry.abort_rollout("op", "too late")
+
+
+def test_without_replicas_or_with_force_an_alias_moves_at_once(registry: Registry) -> None:
+    ready_versions(registry)
+    assert registry.start_rollout("a", "prod", 2, rollout_id="1").phase == "committed"
+    assert registry.start_rollout("a", "prod", 3, rollout_id="2", replicas=["r1"], force=True).phase == "committed"
+    assert registry.snapshot().aliases_of("a") == {"prod": 3}
+
+
+def test_of_two_operators_one_promotes_and_the_other_is_told_what_is_there(registry: Registry) -> None:
+    ready_versions(registry)
+    registry.start_rollout("a", "prod", 2, rollout_id="op", expect=1, replicas=["r1"])
+    with pytest.raises(Conflict, match=r"a@prod is on its way to version 2 \(operation op, preparing\)"):
+        registry.start_rollout("a", "prod", 3, rollout_id="other", expect=1, replicas=["r1"])
+    with pytest.raises(Conflict, match="operation op"):
+        registry.set_alias("a", "prod", 3)
+    with pytest.raises(Conflict, match="operation op rolls it out"):
+        registry.set_status("a", 2, "retired")
+    registry.acknowledge("op", "r1")
+    registry.commit_rollout("op", {"r1"}, actor="r1")
+    with pytest.raises(Conflict, match="a@prod names version 2, not version 1 as expected"):
+        registry.start_rollout("a", "prod", 3, rollout_id="other", expect=1, replicas=["r1"])
+
+
+def test_the_same_operation_asked_for_again_is_the_same(registry: Registry) -> None:
+    ready_versions(registry)
+    first = registry.start_rollout("a", "prod", 2, rollout_id="op", expect=1, replicas=["r1"])
+    before = registry.revision()
+    assert registry.start_rollout("a", "prod", 2, rollout_id="op", expect=1, replicas=["r1"]) == first
+    assert registry.revision() == before
+    with pytest.raises(Conflict, match="operation op is another one"):
+        registry.start_rollout("a", "prod", 3, rollout_id="op", replicas=["r1"])
+
+
+def test_a_rollout_that_is_late_may_be_aborted_by_anyone_and_changed_nothing(registry: Registry) -> None:
+    ready_versions(registry)
+    registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1"], timeout_s=60)
+    assert registry.abort_rollout("op", "nobody answered", only_late=True) is None
+    registry.abort_rollout("op", "changed my mind")
+    registry.start_rollout("a", "prod", 2, rollout_id="late", replicas=["r1"], timeout_s=-1)
+    late = registry.abort_rollout("late", "nobody answered", only_late=True)
+    assert late is not None and (late.phase, late.error) == ("aborted", "nobody answered")
+    assert registry.acknowledge("late", "r1") is None
+    assert registry.commit_rollout("late", {"r1"}, actor="r1") is None
+    assert registry.abort_rollout("late", "again") == late
+    assert registry.snapshot().aliases_of("a") == {"prod": 1}
+    with pytest.raises(NotFound):
+        registry.abort_rollout("nothing", "")
+
+
+def test_a_rollout_whose_ground_moved_is_aborted_at_its_commit(registry: Registry) -> None:
+    ready_versions(registry)
+    add_gallery(registry)
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    registry.add_gallery_version("clips", embedding_key="k2", adapter=digest(1002), content=1)
+    registry.add_gallery_version("clips", embedding_key="k2", adapter=digest(1002), content=1)
+    registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1"])
+    registry.set_live_gallery("clips", 2)
+    registry.acknowledge("op", "r1")
+    aborted = registry.commit_rollout("op", {"r1"}, actor="r1")
+    assert aborted is not None and aborted.phase == "aborted" and "'clips' changed" in (aborted.error or "")
+
+
+def test_rolling_back_goes_back_and_never_forth(registry: Registry) -> None:
+    ready_versions(registry)
+    registry.start_rollout("a", "prod", 2, rollout_id="1")
+    registry.start_rollout("a", "prod", 3, rollout_id="2")
+    back = registry.roll_back("a", "prod", rollout_id="3", expect=3, reason="worse", actor="ada")
+    assert (back.phase, back.from_version, back.to_version, back.is_rollback) == ("committed", 3, 2, True)
+    assert registry.roll_back("a", "prod", rollout_id="3", expect=3) == back
+    with pytest.raises(Conflict, match="names version 2, not version 3 as expected"):
+        registry.roll_back("a", "prod", rollout_id="4", expect=3)
+    assert registry.roll_back("a", "prod", rollout_id="5").to_version == 1
+    with pytest.raises(Conflict, match="no earlier one that is still ready"):
+        registry.roll_back("a", "prod", rollout_id="6")
+    assert registry.snapshot().aliases_of("a") == {"prod": 1}
+    line = next(line for line in registry.audit() if line.action == "roll_back" and line.actor == "ada")
+    assert (line.subject, line.before, line.after, line.reason) == ("a@prod", "3", "2", "worse")
+
+
+def test_rolling_back_skips_what_cannot_be_served_and_ends_a_rollout_under_way(registry: Registry) -> None:
+    ready_versions(registry, 4)
+    for version in (2, 3):
+        registry.start_rollout("a", "prod", version, rollout_id=str(version))
+    registry.set_status("a", 2, "retired")
+    registry.start_rollout("a", "prod", 4, rollout_id="4", replicas=["r1"])
+    assert registry.roll_back("a", "prod", rollout_id="back", expect=3).to_version == 1
+    rollout = registry.snapshot().rollout("4")
+    assert rollout is not None and rollout.phase == "aborted"
+
+
+def test_a_canary_takes_a_share_until_it_is_promoted_or_ended(registry: Registry) -> None:
+    ready_versions(registry)
+    with pytest.raises(InvalidReference, match="between 0 and 1"):
+        registry.start_rollout("a", "prod", 2, rollout_id="x", traffic=1.5)
+    registry.start_rollout("a", "prod", 2, rollout_id="1", traffic=0.05)
+    alias = registry.snapshot().alias("a", "prod")
+    assert alias is not None and (alias.version, alias.canary) == (1, Canary(2, 0.05))
+    with pytest.raises(Conflict, match="while prod names it"):
+        registry.set_status("a", 2, "retired")
+    with pytest.raises(Conflict, match="version 2 as its canary"):
+        registry.end_canary("a", "prod", expect=3)
+    assert registry.end_canary("a", "prod", expect=2).canary is None
+    with pytest.raises(Conflict, match="no canary"):
+        registry.end_canary("a", "prod")
+    registry.start_rollout("a", "prod", 2, rollout_id="2", traffic=0.5)
+    registry.start_rollout("a", "prod", 2, rollout_id="3")
+    alias = registry.snapshot().alias("a", "prod")
+    assert alias is not None and (alias.version, alias.canary, alias.history) == (2, None, (1,))
+
+
+# --- galleries follow --------------------------------------------------------------------------------------
+
+
+def test_galleries_are_embedded_anew_first_and_flip_with_the_alias(registry: Registry) -> None:
+    ready_versions(registry)
+    first = registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1001))
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    rollout = registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1"])
+    assert rollout.phase == "migrating"
+    claimed = registry.claim_migration("op", "r1", {"r1", "r2"})
+    assert claimed is not None and (claimed.migrator, claimed.token) == ("r1", 1)
+    assert registry.claim_migration("op", "r2", {"r1", "r2"}) is None
+    taken = registry.claim_migration("op", "r2", {"r2"})
+    assert taken is not None and taken.token == 2
+    new = registry.add_gallery_version("clips", embedding_key="k2", adapter=digest(1002), content=first.content)
+    with pytest.raises(Conflict, match="another replica migrates"):
+        registry.finish_migration("op", 1, "clips", new.version, actor="r1")
+    assert registry.finish_migration("op", 2, "clips", new.version, actor="r2").phase == "preparing"
+    registry.acknowledge("op", "r1")
+    before = registry.revision().generation
+    registry.commit_rollout("op", {"r1"}, actor="r1")
+    snapshot = registry.snapshot()
+    assert snapshot.generation == before + 1  # alias and gallery in one change
+    assert (snapshot.aliases_of("a"), snapshot.live_version("clips")) == ({"prod": 2}, 2)
+    registry.roll_back("a", "prod", rollout_id="back")
+    snapshot = registry.snapshot()
+    assert (snapshot.aliases_of("a"), snapshot.live_version("clips")) == ({"prod": 1}, 1)
+    assert registry.start_rollout("a", "prod", 2, rollout_id="again", replicas=["r1"]).phase == "preparing"
+
+
+def test_a_gallery_may_stay_behind_when_that_is_said(registry: Registry) -> None:
+    ready_versions(registry)
+    registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1001))
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    with pytest.raises(Conflict, match="clips must be embedded anew first"):
+        registry.start_rollout("a", "prod", 2, rollout_id="1", replicas=["r1"], force=True)
+    registry.start_rollout("a", "prod", 2, rollout_id="2", migrate=False)
+    head = registry.snapshot().head("clips")
+    assert head is not None and (head.live, head.follows) == (1, None)
+
+
+# --- replicas, duties, loss --------------------------------------------------------------------------------
+
+
+def test_replicas_are_known_by_their_signs_of_life(registry: Registry, place: Place) -> None:
+    before = registry.revision()
+    registry.beat(Replica("r2", 7, True, {"url": "http://b"}))
+    registry.beat(Replica("r1", 6, False))
+    first, second = place.open().replicas()
+    assert (first.id, first.generation, first.is_serving, dict(first.details)) == ("r1", 6, False, {})
+    assert (second.id, dict(second.details)) == ("r2", {"url": "http://b"})
+    assert 0 <= first.age_s < 5
+    registry.forget("r1")
+    registry.forget("r1")
+    assert [replica.id for replica in registry.replicas()] == ["r2"]
+    assert registry.revision() == before
+
+
+def test_one_replica_at_a_time_has_a_duty(registry: Registry) -> None:
+    first = registry.take_lease("sweep", "r1", {"r1", "r2"})
+    assert first is not None and first.token == 1
+    assert registry.take_lease("sweep", "r2", {"r1", "r2"}) is None
+    assert registry.take_lease("sweep", "r1", {"r1", "r2"}) == first
+    second = registry.take_lease("sweep", "r2", {"r2"})
+    assert second is not None and (second.holder, second.token) == ("r2", 2)
+
+
+def test_a_change_wakes_those_who_wait(registry: Registry, place: Place) -> None:
+    other = place.open()
+    other.wait(0.3)  # what happened so far is old
+    woken = threading.Event()
+
+    def wait() -> None:
+        other.wait(30)
+        woken.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    end = time.monotonic() + 20
+    number = 0
+    while not woken.is_set() and time.monotonic() < end:
+        number += 1
+        registry.add_version("a", package(number))
+        woken.wait(0.5)
+    thread.join(30)
+    assert woken.is_set()
+
+
+def test_a_lost_registry_is_refused_and_restored_from_what_is_remembered(place: Place, tmp_path: Path) -> None:
+    registry = place.open(tmp_path / "memory")
+    ready_versions(registry)
+    registry.start_rollout("a", "prod", 2, rollout_id="op")
+    known = registry.snapshot()
+    registry.remember()
+    log = registry.audit(limit=1000)
+    place.lose()
+    for attempt in (registry.snapshot, lambda: registry.add_version("b", package(1))):
+        with pytest.raises(RegistryUnavailable):
+            attempt()
+    registry.close()
+
+    late = place.open(tmp_path / "memory")  # a process that starts now knows it was not empty
+    with pytest.raises(RegistryLost):
+        late.snapshot()
+    restored = late.restore(actor="r1")
+    assert (restored.versions, restored.aliases, restored.rollouts) == (known.versions, known.aliases, known.rollouts)
+    assert restored.generation == known.generation + 1 and restored.revision.epoch != known.revision.epoch
+    assert late.audit(limit=1000)[1:] == log
+    assert (late.audit()[0].action, late.audit()[0].actor) == ("restore", "r1")
+    with pytest.raises(RegistryUnavailable, match="not lost"):
+        late.restore(actor="r1")
+    assert late.add_version("b", package(1)).version == 1
+
+
+def test_a_new_registry_whose_replicas_knew_an_older_one_is_not_written_to(place: Place, tmp_path: Path) -> None:
+    newcomer = place.open()
+    newcomer.beat(Replica("elder", 12, True))
+    with pytest.raises(RegistryLost, match="wait until it is restored"):
+        newcomer.add_version("a", package(1))
+    newcomer.forget("elder")
+    assert newcomer.add_version("a", package(1)).version == 1
+
+
+def test_memory_keeps_the_longest_history_and_survives_a_torn_line(place: Place, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    ahead, behind = place.open(memory), place.open(memory)
+    behind.snapshot()
+    ready_versions(ahead)
+    ahead.snapshot()
+    ahead.remember()
+    behind.remember()
+    with (memory / "audit.jsonl").open("a") as file:
+        file.write('{"generation": 4, "at"')
+    recalled = Memory(memory).recall()
+    assert recalled is not None and recalled.revision == ahead.snapshot().revision
+    assert tuple(reversed(recalled.log)) == ahead.audit(limit=100)
+    assert Memory(tmp_path / "nothing").recall() is None

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import RegistryUnavailable
-from adapters.registry.base import PackageInfo, Revision
-from adapters.registry.sqlite import SqliteRegistry
+from adapters.registry import PackageInfo, Registry, Revision
+from adapters.registry.sqlite import SqliteStore
 
 
 def package(number: int) -> PackageInfo:
@@ -22,9 +22,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def registry(path: Path) -> Iterator[SqliteRegistry]:
-    with closing(SqliteRegistry(path, busy_timeout_s=0.1, clock=lambda: 12.5)) as registry:
+def registry(path: Path) -> Iterator[Registry]:
+    with closing(opened(path, busy_timeout_s=0.1, clock=lambda: 12.5)) as registry:
         yield registry
+
+
+def opened(path: Path, **options: object) -> Registry:
+    return Registry(SqliteStore(path, **options))  # type: ignore[arg-type]
 
 
 def raw(path: Path) -> closing[sqlite3.Connection]:
@@ -32,19 +36,19 @@ def raw(path: Path) -> closing[sqlite3.Connection]:
 
 
 def test_state_outlives_the_process_and_the_epoch_stays(path: Path) -> None:
-    with closing(SqliteRegistry(path)) as registry:
+    with closing(opened(path)) as registry:
         registry.add_version("a", package(1))
         before = registry.snapshot()
-    with closing(SqliteRegistry(path)) as registry:
+    with closing(opened(path)) as registry:
         assert registry.snapshot() == before
 
 
-def test_times_come_from_the_clock(registry: SqliteRegistry) -> None:
-    assert registry.add_version("a", package(1)).created_at == 12.5
-    assert registry.audit()[0].at == 12.5
+def test_times_come_from_the_clock(registry: Registry) -> None:
+    assert registry.add_version("a", package(1)).created_at == pytest.approx(12.5, abs=0.1)
+    assert registry.audit()[0].at == pytest.approx(12.5, abs=0.1)
 
 
-def test_commits_are_synced_and_readers_are_not_blocked_by_a_writer(registry: SqliteRegistry, path: Path) -> None:
+def test_commits_are_synced_and_readers_are_not_blocked_by_a_writer(registry: Registry, path: Path) -> None:
     registry.add_version("a", package(1))
     with raw(path) as other:
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -55,11 +59,11 @@ def test_commits_are_synced_and_readers_are_not_blocked_by_a_writer(registry: Sq
         assert len(registry.snapshot().versions) == 1
         other.execute("ROLLBACK")
     assert registry.add_version("a", package(2)).version == 2
-    with registry._writer.connection() as connection:
+    with registry._store._writer.connection() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
-def test_a_change_that_fails_half_way_leaves_nothing(registry: SqliteRegistry, path: Path) -> None:
+def test_a_change_that_fails_half_way_leaves_nothing(registry: Registry, path: Path) -> None:
     registry.add_version("a", package(1))
     before = registry.snapshot()
     with raw(path) as other:
@@ -70,7 +74,7 @@ def test_a_change_that_fails_half_way_leaves_nothing(registry: SqliteRegistry, p
     assert len(registry.audit()) == 1
 
 
-def test_the_audit_log_cannot_be_rewritten(registry: SqliteRegistry, path: Path) -> None:
+def test_the_audit_log_cannot_be_rewritten(registry: Registry, path: Path) -> None:
     registry.add_version("a", package(1))
     with raw(path) as other:
         for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'nobody'"):
@@ -78,7 +82,7 @@ def test_the_audit_log_cannot_be_rewritten(registry: SqliteRegistry, path: Path)
                 other.execute(statement)
 
 
-def test_a_file_that_vanishes_is_a_lost_registry_not_an_empty_one(registry: SqliteRegistry, path: Path) -> None:
+def test_a_file_that_vanishes_is_a_lost_registry_not_an_empty_one(registry: Registry, path: Path) -> None:
     registry.add_version("a", package(1))
     path.unlink()
     with pytest.raises(RegistryUnavailable):
@@ -89,11 +93,11 @@ def test_a_file_that_vanishes_is_a_lost_registry_not_an_empty_one(registry: Sqli
 
 
 def test_a_file_that_is_replaced_is_refused_until_the_right_one_is_back(
-    registry: SqliteRegistry, path: Path, tmp_path: Path
+    registry: Registry, path: Path, tmp_path: Path
 ) -> None:
     registry.add_version("a", package(1))
     before = registry.snapshot()
-    with closing(SqliteRegistry(tmp_path / "other.db")) as other:
+    with closing(opened(tmp_path / "other.db")) as other:
         other.add_version("b", package(1))
     path.rename(tmp_path / "kept.db")
     (tmp_path / "other.db").rename(path)
@@ -107,7 +111,7 @@ def test_a_file_that_is_replaced_is_refused_until_the_right_one_is_back(
     assert registry.add_version("a", package(2)).version == 2
 
 
-def test_a_lost_epoch_makes_the_registry_unavailable(registry: SqliteRegistry, path: Path) -> None:
+def test_a_lost_epoch_makes_the_registry_unavailable(registry: Registry, path: Path) -> None:
     with raw(path) as other:
         other.execute("DELETE FROM meta")
     with pytest.raises(RegistryUnavailable, match="lost its epoch"):
@@ -118,17 +122,17 @@ def test_a_damaged_file_is_unavailable_and_left_as_it_is(path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no database at all" * 100)
     with pytest.raises(RegistryUnavailable, match="not a database"):
-        SqliteRegistry(path)
+        opened(path)
     assert path.read_bytes() == b"no database at all" * 100
 
 
-def test_damage_under_a_running_registry_is_unavailable(registry: SqliteRegistry, path: Path) -> None:
+def test_damage_under_a_running_registry_is_unavailable(registry: Registry, path: Path) -> None:
     registry.add_version("a", package(1))
     registry.close()
     pages = bytearray(path.read_bytes())
     pages[4096:] = b"\xff" * (len(pages) - 4096)  # page 1 holds the schema, all others rows
     path.write_bytes(pages)
-    with closing(SqliteRegistry(path)) as damaged:
+    with closing(opened(path)) as damaged:
         with pytest.raises(RegistryUnavailable, match="malformed"):
             damaged.snapshot()
         with pytest.raises(RegistryUnavailable, match="malformed"):
@@ -137,7 +141,7 @@ def test_damage_under_a_running_registry_is_unavailable(registry: SqliteRegistry
 
 def test_a_folder_in_the_place_of_the_file_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(RegistryUnavailable):
-        SqliteRegistry(tmp_path)
+        opened(tmp_path)
 
 
 def test_another_programs_database_is_refused_untouched(path: Path) -> None:
@@ -146,19 +150,19 @@ def test_another_programs_database_is_refused_untouched(path: Path) -> None:
         other.execute("CREATE TABLE recipes (name TEXT)")
     before = path.read_bytes()
     with pytest.raises(RegistryUnavailable, match="holds no registry"):
-        SqliteRegistry(path)
+        opened(path)
     assert path.read_bytes() == before
 
 
-def test_a_newer_schema_is_refused(registry: SqliteRegistry, path: Path) -> None:
+def test_a_newer_schema_is_refused(registry: Registry, path: Path) -> None:
     with raw(path) as other:
-        other.execute("PRAGMA user_version = 2")
-    with pytest.raises(RegistryUnavailable, match="schema version 2; this program knows 1"):
-        SqliteRegistry(path)
+        other.execute("PRAGMA user_version = 3")
+    with pytest.raises(RegistryUnavailable, match="schema version 3; this program knows 2"):
+        opened(path)
 
 
 def create(path: Path) -> Revision:
-    with closing(SqliteRegistry(path, busy_timeout_s=30)) as registry:
+    with closing(opened(path, busy_timeout_s=30)) as registry:
         return registry.revision()
 
 

@@ -42,7 +42,7 @@ def test_a_gallery_holds_its_sources_in_order(service: Service, tmp_path: Path, 
     record = build(service, f"ordered-{kind}", sources)
     gallery = opened(service, record.name)
     assert gallery.ids == tuple(source.id for source in sources)
-    assert (record.version, record.live, record.status, record.adapter_name) == (1, True, "ready", "find")
+    assert (record.version, record.status, record.adapter_name) == (1, "ready", "find")
     assert gallery.manifest.adapter.name == "find"
     assert gallery.manifest.embedding_key == record.embedding_key
     for position, source in enumerate(sources):
@@ -182,7 +182,7 @@ def test_where_nothing_can_be_embedded_no_version_appears(service: Service, tmp_
     with pytest.raises(GalleryNotFound):
         opened(service, "nothing")
     (tmp_path / "a.png").write_bytes(picture(1))
-    assert build(service, "nothing", [Source("a", "image", tmp_path / "a.png")]).live
+    assert build(service, "nothing", [Source("a", "image", tmp_path / "a.png")]).status == "ready"
 
 
 def test_adapters_that_do_not_retrieve_are_refused(service: Service) -> None:

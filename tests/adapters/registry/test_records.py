@@ -4,11 +4,12 @@ import sys
 import pytest
 
 from adapters.errors import AdapterNotFound, InvalidReference, NotFound
-from adapters.registry.base import (
+from adapters.registry import (
     AliasRecord,
     AliasReference,
     BaseReference,
     DigestReference,
+    GalleryHead,
     GalleryRecord,
     Revision,
     Snapshot,
@@ -32,20 +33,24 @@ def version(name: str, number: int, **changes: object) -> VersionRecord:
         "status": "ready",
         "reason": None,
         "created_at": 0.0,
+        "updated_at": 0.0,
     }
     return VersionRecord(name, number, **(fields | changes))  # type: ignore[arg-type]
 
 
-def gallery(name: str, number: int, *, live: bool = False, status: str = "ready") -> GalleryRecord:
-    return GalleryRecord(name, number, "key", digest(1), None, status, None, 0.0, live)  # type: ignore[arg-type]
+def gallery(name: str, number: int, *, status: str = "ready") -> GalleryRecord:
+    return GalleryRecord(name, number, 1, "key", digest(1), None, None, status, None, 0.0, 0.0)  # type: ignore[arg-type]
 
 
 def snapshot(
     versions: tuple[VersionRecord, ...] = (),
     aliases: tuple[tuple[str, str, int], ...] = (),
     galleries: tuple[GalleryRecord, ...] = (),
+    live: tuple[tuple[str, int], ...] = (),
 ) -> Snapshot:
-    return Snapshot("epoch", 3, versions, tuple(AliasRecord(*alias, 0.0) for alias in aliases), galleries)
+    revision = Revision("epoch", 3, "tip")
+    heads = tuple(GalleryHead(name, number, 0.0) for name, number in live)
+    return Snapshot(revision, versions, tuple(AliasRecord(*alias, 0.0) for alias in aliases), galleries, heads)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +143,8 @@ def test_deleted_versions_are_not_listed() -> None:
 
 
 def test_gallery_is_the_live_version_unless_told_otherwise() -> None:
-    first, second = gallery("clips", 1), gallery("clips", 2, live=True)
-    state = snapshot(galleries=(first, second, gallery("new", 1)))
+    first, second = gallery("clips", 1), gallery("clips", 2)
+    state = snapshot(galleries=(first, second, gallery("new", 1)), live=(("clips", 2),))
     assert state.gallery("clips") is second
     assert state.gallery("clips", 1) is first
     with pytest.raises(NotFound, match="no gallery 'clip'; nearest: clips"):
@@ -151,7 +156,7 @@ def test_gallery_is_the_live_version_unless_told_otherwise() -> None:
 
 
 def test_revision() -> None:
-    assert snapshot().revision == Revision("epoch", 3)
+    assert snapshot().revision == Revision("epoch", 3, "tip")
 
 
 def test_the_registry_does_not_load_torch() -> None:
