@@ -38,7 +38,8 @@ WORKDIR /data
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health/ready'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["adapter-bank"]
-# All interfaces of the container. Without keys the server refuses this, unless BANK_ALLOW_PUBLIC=true says that a proxy or the port mapping protects it.
+# All interfaces of the container. Without keys (BANK_API_KEYS_FILE) the server refuses this, unless BANK_ALLOW_PUBLIC=true says that a proxy or
+# the port mapping protects it.
 CMD ["serve", "--host", "0.0.0.0"]
 
 FROM runtime AS cuda

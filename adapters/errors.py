@@ -12,10 +12,12 @@
     │   ├── TensorMismatch      a tensor is missing, unexpected or of the wrong shape
     │   ├── NonFiniteTensor     a tensor holds NaN or an infinity
     │   ├── DigestMismatch      the bytes are not the ones the digest names
-    │   └── BackboneMismatch    made for another backbone
+    │   ├── BackboneMismatch    made for another backbone
+    │   └── ProbeFailed         it does not compute what its probe says, or a tuned part of it does nothing
     ├── MissingPart             the backbone lacks a part (a decoder, say) the task needs
     ├── RankTooLarge            no slot bucket is wide enough for the adapter's rank
     ├── ConversionError         a foreign checkpoint or folder that cannot become ours
+    ├── ArtifactUnavailable     the artifact store cannot be read or written now
     └── RegistryUnavailable     the registry cannot be read or written now
         └── RegistryLost        it is empty, or went back, or is another one than before
 
@@ -80,6 +82,10 @@ class BackboneMismatch(InvalidPackage):
     """An adapter belongs to another backbone, or a backbone part differs from the one it names."""
 
 
+class ProbeFailed(InvalidPackage):
+    """An adapter carries no probe, does not give the outputs its probe names, or has a tuned part that changes nothing."""
+
+
 class MissingPart(AdapterBankError):
     """The backbone holds no such part, so it cannot serve the task."""
 
@@ -90,6 +96,10 @@ class RankTooLarge(AdapterBankError):
 
 class ConversionError(AdapterBankError):
     """A foreign checkpoint or folder cannot be converted."""
+
+
+class ArtifactUnavailable(AdapterBankError):
+    """The artifact store cannot be read or written at the moment: no network, no driver for it, no room on the disk."""
 
 
 class RegistryUnavailable(AdapterBankError):

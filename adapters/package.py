@@ -56,7 +56,8 @@ MAX_NAMED = 5  # tensors or files an error message spells out
 class Package:
     """A package that passed every check. `path` is None while it was only ever in memory.
 
-    `weights_digest` covers what changes numbers (tensors and `config.numeric()`), `package_digest` every file.
+    `weights_digest` covers what changes numbers (tensors and `config.numeric()`), `package_digest` every file. `probe` is
+    its tensors as stored (`adapters.probe` says what they must be), None where there is none.
     """
 
     path: Path | None
@@ -64,6 +65,7 @@ class Package:
     tensors: dict[str, Tensor]
     weights_digest: str
     package_digest: str
+    probe: dict[str, Tensor] | None = None
 
 
 def read_package(path: str | os.PathLike[str], *, dims: BackboneDims | None = None) -> Package:
@@ -86,18 +88,28 @@ def write_package(
 
     Raises: Conflict when `path` exists and is not an empty folder; InvalidPackage.
     """
+    files = package_files(config, tensors, readme)
+    if probe is not None:
+        files = with_probe(files, probe)
+    package = parse_package(files)
+    write_files(Path(path), files)
+    return replace(package, path=Path(path))
+
+
+def package_files(config: AdapterConfig, tensors: Mapping[str, Tensor], readme: str) -> dict[str, bytes]:
+    """The files of a package without a probe, by name. Same input, same bytes. Raises: InvalidPackage."""
     check_tensors(config, tensors)
-    files = {
+    return {
         CONFIG_FILE: _config_bytes(config),
         WEIGHTS_FILE: _tensor_bytes(tensors),
         README_FILE: readme.encode(),
     }
-    if probe is not None:
-        _check_probe(probe)
-        files[PROBE_FILE] = _tensor_bytes(probe)
-    package = parse_package(files)
-    write_files(Path(path), files)
-    return replace(package, path=Path(path))
+
+
+def with_probe(files: Mapping[str, bytes], probe: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The same files with this probe, in place of the one they had. Raises: InvalidPackage."""
+    _check_probe(probe)
+    return {**files, PROBE_FILE: _tensor_bytes(probe)}
 
 
 def copy_package(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -120,9 +132,8 @@ def parse_package(files: Mapping[str, bytes], *, dims: BackboneDims | None = Non
     config = AdapterConfig.parse(files[CONFIG_FILE])
     tensors = _parse_tensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
     check_tensors(config, tensors, dims)
-    if PROBE_FILE in files:
-        _parse_probe(files[PROBE_FILE])
-    return Package(None, config, tensors, weights_digest(config, tensors), files_digest(files))
+    probe = _parse_probe(files[PROBE_FILE]) if PROBE_FILE in files else None
+    return Package(None, config, tensors, weights_digest(config, tensors), files_digest(files), probe)
 
 
 def check_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor], dims: BackboneDims | None = None) -> None:
@@ -238,10 +249,7 @@ def write_files(target: Path, files: Mapping[str, bytes]) -> None:
         raise _taken(target)
     with _scratch_beside(target) as scratch:
         for name, data in files.items():
-            with open(scratch / name, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(scratch / name, data)
         _sync_folder(scratch)
         try:
             os.rename(scratch, target)
@@ -252,6 +260,15 @@ def write_files(target: Path, files: Mapping[str, bytes]) -> None:
                 raise _taken(target) from error
             raise
         _sync_folder(target.parent)
+
+
+def replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Put one file of a package in the place of another, synced to disk: readers find the old or the new one, whole."""
+    folder = folder.resolve()  # "." has no name to be beside
+    with _scratch_beside(folder) as scratch:
+        _write_synced(scratch / name, data)
+        os.replace(scratch / name, folder / name)
+        _sync_folder(folder)
 
 
 def pack_tar(path: str | os.PathLike[str], stream: BinaryIO) -> None:
@@ -415,6 +432,13 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ What the environment may say (nothing has to be said):
     LOADTEST_RATE        requests a second of each user; without it a user sends the next one as soon as it has an answer
     LOADTEST_RERANK      none (default), frames or match
     LOADTEST_SEED        default 0
+    LOADTEST_API_KEY     for a server that wants keys: one with the scope `infer`
 
 With a rate, response times count from when a request was due, not from when it could be sent: a server that stalls does not stop the clock.
 Stages of the server are listed as requests of the type STAGE.
@@ -38,6 +39,7 @@ RATE = float(os.environ.get("LOADTEST_RATE", "0"))
 ZIPF_S = float(os.environ.get("LOADTEST_ZIPF_S", "1.0"))
 RERANK = os.environ.get("LOADTEST_RERANK", "none")
 MEDIA = os.environ.get("LOADTEST_MEDIA", "")
+API_KEY = os.environ.get("LOADTEST_API_KEY", "").strip()
 POPULARITY = os.environ.get("LOADTEST_POPULARITY", "zipf")
 
 PICTURE_SIZE = 384
@@ -86,6 +88,8 @@ class BankUser(HttpUser):
         """Seed, prepare, and begin the schedule."""
         self.seed = SEED + next(_user_numbers)
         self.chance = random.Random(self.seed)
+        if API_KEY:
+            self.client.headers["Authorization"] = f"Bearer {API_KEY}"
         self.prepare()
         self.due_at = time.monotonic()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import BASE_ADAPTER, AdapterConfig
-from adapters.errors import AdapterNotFound, NonFiniteTensor, RankTooLarge
+from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families import FAMILIES, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, SlotView, adapt_rows
 from adapters.package import Package
@@ -116,6 +116,7 @@ class AdapterBank:
         self._host_bytes = host_bytes
         self._host: OrderedDict[str, _HostEntry] = OrderedDict()
         self._host_used = 0
+        self._unwanted: set[str] = set()  # unloaded; their slots count as empty
         self._lock = threading.Lock()
         self._metrics = metrics
         self._buckets = self._allocate() if dims is not None else {}
@@ -156,6 +157,7 @@ class AdapterBank:
                 self._host_used += adapter.num_bytes
                 self._metrics.adapter_loads.labels("host").inc()
             entry.num_holders += hold
+            self._unwanted.discard(adapter.digest)
             self._host.move_to_end(adapter.digest)
             self._make_room(keep=adapter.digest)
             self._report()
@@ -182,6 +184,28 @@ class AdapterBank:
             entry.num_holders -= 1
             self._make_room()
             self._report()
+
+    def num_holders(self, digest: str) -> int:
+        """How many hold an adapter: requests, and rollouts that prepare it."""
+        with self._lock:
+            entry = self._host.get(digest)
+            return 0 if entry is None else entry.num_holders
+
+    def unload(self, digest: str) -> dict[str, int]:
+        """Let an adapter go from every tier; the bytes that became free in each. Raises: Conflict while somebody holds it."""
+        with self._lock:
+            entry = self._host.get(digest)
+            if entry is not None and entry.num_holders:
+                raise Conflict(f"{digest} is in use by {entry.num_holders} requests", param="adapter")
+            on_device = sum(self._slot_bytes(slot) for slot in self._slots() if slot.digest == digest)
+            on_device = 0 if digest in self._unwanted else on_device
+            self._unwanted.add(digest)  # the device thread alone writes slots: it takes this one when it needs one
+            if entry is not None:
+                del self._host[digest]
+                self._host_used -= entry.adapter.num_bytes
+                self._metrics.adapter_evictions.labels("host").inc()
+            self._report()
+        return {"device": on_device, "host": 0 if entry is None else entry.adapter.num_bytes}
 
     def _make_room(self, keep: str | None = None) -> None:
         """Drop unheld host entries but `keep`, least recently used first, until the budget is kept. Under the lock."""
@@ -246,7 +270,9 @@ class AdapterBank:
             raise RankTooLarge(
                 f"rank {adapter.slot_rank} is above the largest slot bucket, {self.max_rank}", param="rank"
             )
-        empty = [slot for slot in fitting if slot.digest is None]
+        with self._lock:
+            unwanted = set(self._unwanted)
+        empty = [s for s in fitting if s.digest is None or (s.digest in unwanted and s.num_leases == 0)]
         if empty:
             return min(empty, key=lambda slot: slot.rank)
         idle = [slot for slot in fitting if slot.num_leases == 0]
@@ -273,6 +299,8 @@ class AdapterBank:
 
     def _empty(self, slot: _Slot) -> None:
         assert slot.num_leases == 0, "a leased slot was emptied. This is a bug."
+        with self._lock:
+            self._unwanted.discard(slot.digest or "")
         slot.digest, slot.view = None, None
         self._metrics.adapter_evictions.labels("device").inc()
 
@@ -282,10 +310,11 @@ class AdapterBank:
         """Bytes held by tier and digest."""
         with self._lock:
             host = {digest: entry.adapter.num_bytes for digest, entry in self._host.items()}
+            unwanted = set(self._unwanted)
         slots = [
             (slot.digest, self._slot_bytes(slot)) for slot in self._slots()
         ]  # the device thread may go on meanwhile
-        device = {digest: num_bytes for digest, num_bytes in slots if digest is not None}
+        device = {digest: num_bytes for digest, num_bytes in slots if digest is not None and digest not in unwanted}
         return {"device": device, "host": host}
 
     def _slot_bytes(self, slot: _Slot) -> int:

@@ -1,4 +1,4 @@
-"""The command line: serve, import, push, galleries, the demo. Settings come from BANK_* variables and flags."""
+"""The command line: serve, import, deploy, galleries, keys, the demo. Settings come from BANK_* variables and flags."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from adapters.errors import AdapterBankError
+from service import deploy_commands
 from service.config import Settings
 
 app = typer.Typer(
@@ -19,9 +20,12 @@ app = typer.Typer(
 )
 import_app = typer.Typer(help="Turn other people's weights into ours.", no_args_is_help=True)
 gallery_app = typer.Typer(help="Build and list searchable collections.", no_args_is_help=True)
+key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 demo_app = typer.Typer(help="Sample and evaluate the drawn demo world.", no_args_is_help=True)
+app.add_typer(deploy_commands.app)
 app.add_typer(import_app, name="import")
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(key_app, name="key")
 app.add_typer(demo_app, name="demo")
 
 Home = Annotated[Path | None, typer.Option("--home", help="State folder; default BANK_HOME.")]
@@ -57,6 +61,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     slots: Annotated[str | None, typer.Option(help='Adapter slots by rank, e.g. "64:24,128:6,512:2".')] = None,
     allow_public: Annotated[bool | None, typer.Option(help="Bind to a public address without keys.")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="JSON list of API keys; see `adapter-bank key`.")] = None,
     workers: Annotated[int, typer.Option(help="Always 1: see the error for more.")] = 1,
 ) -> None:
     """Run the HTTP service."""
@@ -77,6 +82,7 @@ def serve(
         dtype=dtype,
         slots=slots,
         allow_public=allow_public,
+        api_keys_file=api_keys_file,
     )
     if demo:
         from service.demo.install import install
@@ -153,9 +159,9 @@ def import_uniadapter_command(
     """Write an adapter package from an authors' checkpoint."""
     from adapters.errors import ConversionError
     from adapters.importers.uniadapter import import_uniadapter, read_checkpoint
-    from adapters.package import write_package
     from service.backbone.base import load_backbone
     from service.backbone.convert import check_same_backbone
+    from service.lifecycle.writing import write_probed_package
 
     loaded = load_backbone(backbone)
     words: tuple[str, ...] = ()
@@ -173,7 +179,7 @@ def import_uniadapter_command(
         provenance={"checkpoint": checkpoint.name},
     )
     readme = f"# {checkpoint.stem}\n\nImported from a UniAdapter checkpoint for {imported.config.task}.\n"
-    package = write_package(out, imported.config, imported.tensors, readme, None)
+    package = write_probed_package(out, imported.config, imported.tensors, readme, loaded)
     print(f"wrote {out}: {imported.config.task}, rank {imported.config.rank}, {package.weights_digest}")
 
 
@@ -238,46 +244,17 @@ def train(
 
 
 @app.command()
-def push(
+def probe(
     package: Annotated[Path, typer.Argument(help="Package folder.")],
-    name: Annotated[str, typer.Option(help="Name to register it under.")],
-    home: Home = None,
-    as_json: AsJson = False,
+    backbone: Annotated[Path, typer.Option(help="Backbone folder it was made for.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write instead; default: in place.")] = None,
 ) -> None:
-    """Store a package, register the next version, point `prod` at it if nothing else is there."""
-    from service.home import push_package
+    """Give a package made elsewhere its probe, or renew the one it has."""
+    from service.backbone.base import load_backbone
+    from service.lifecycle.writing import renew_probe
 
-    record = push_package(Settings.load(home=home), package, name)
-    if as_json:
-        print(json.dumps({"name": record.name, "version": record.version, "digest": record.weights_digest}))
-    else:
-        print(f"{record.name}@{record.version} {record.weights_digest}")
-
-
-@app.command("adapters")
-def list_adapters(home: Home = None, as_json: AsJson = False) -> None:
-    """List registered adapters."""
-    from service.folders import open_registry
-
-    snapshot = open_registry(Settings.load(home=home)).snapshot()
-    rows = [
-        {
-            "name": name,
-            "version": record.version,
-            "task": record.task,
-            "rank": record.rank,
-            "status": record.status,
-            "aliases": [alias for alias, version in snapshot.aliases_of(name).items() if version == record.version],
-            "digest": record.weights_digest,
-        }
-        for name, records in snapshot.adapters.items()
-        for record in records
-    ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print("{name}@{version}  {task}  rank {rank}  {status}  {aliases}  {digest}".format(**row))
+    written = renew_probe(package, load_backbone(backbone), out)
+    print(f"wrote {written.path}: with a probe, {written.weights_digest}")
 
 
 # --- galleries ---------------------------------------------------------------------------------------------
@@ -344,6 +321,65 @@ def gallery_list(home: Home = None, as_json: AsJson = False) -> None:
         return
     for row in rows:
         print("{name} v{version}  {status}  {adapter}".format(**row) + ("  live" if row["live"] else ""))
+
+
+# --- keys --------------------------------------------------------------------------------------------------
+
+KeyFile = Annotated[Path, typer.Option("--file", help="The file that BANK_API_KEYS_FILE names.")]
+
+
+@key_app.command("new")
+def key_new(
+    key_id: Annotated[str, typer.Option("--id", help="Name of the key, for the log: who or what holds it.")],
+    scopes: Annotated[str, typer.Option(help="Of infer, deploy, metrics and admin, separated by commas.")],
+    adapters: Annotated[str, typer.Option(help="Patterns of adapter names it may use, separated by commas.")] = "*",
+    expires: Annotated[str | None, typer.Option(help="When it stops being valid, e.g. 2030-01-01T00:00:00Z.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Add it to this file; without, its entry is printed.")] = None,
+) -> None:
+    """Make a key. It is printed this once and kept nowhere; what is kept is its hash."""
+    from pydantic import ValidationError
+
+    from adapters.config import describe
+    from service.auth import InvalidKeys, KeyEntry, add_entry, digest_of, new_key
+
+    key = new_key()
+    given = {"id": key_id, "sha256": digest_of(key), "scopes": scopes.split(","), "adapters": adapters.split(",")}
+    try:
+        entry = KeyEntry.model_validate(given | {"expires": expires})
+    except ValidationError as error:
+        raise InvalidKeys(describe(error)) from error
+    if file is not None:
+        add_entry(file, entry)
+    print(key)
+    if file is None:
+        print(json.dumps(entry.document(), indent=2))
+
+
+@key_app.command("list")
+def key_list(file: KeyFile, as_json: AsJson = False) -> None:
+    """List the keys of a file: who may do what. The keys themselves are nowhere."""
+    from datetime import UTC, datetime
+
+    from service.auth import read_entries
+
+    rows = [entry.document() | {"expired": entry.has_expired(datetime.now(UTC))} for entry in read_entries(file)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        until = f"  until {row['expires']}" if "expires" in row else ""
+        print(
+            f"{row['id']}  {','.join(row['scopes'])}  {','.join(row['adapters'])}{until}{'  expired' * row['expired']}"
+        )
+
+
+@key_app.command("revoke")
+def key_revoke(key_id: Annotated[str, typer.Argument(help="Id of the key.")], file: KeyFile) -> None:
+    """Take a key out of a file. A running server refuses it within two seconds."""
+    from service.auth import remove_entry
+
+    remove_entry(file, key_id)
+    print(f"revoked {key_id}")
 
 
 # --- demo --------------------------------------------------------------------------------------------------

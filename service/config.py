@@ -4,15 +4,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.config import describe
 from adapters.errors import AdapterBankError
 
 MIB = 1024 * 1024
+CLIENT_KEY_VARIABLE = "BANK_API_KEY"  # no setting: the key that a client of ours sends
 
 
 class InvalidSettings(AdapterBankError):
@@ -29,6 +30,12 @@ class Settings(BaseSettings):
     registry_url: str | None = Field(
         default=None, description="Registry shared by replicas, redis://host:6379/0. Default: HOME/registry.sqlite."
     )
+    artifacts_url: str | None = Field(
+        default=None, description="Where packages are kept: a folder, or s3://bucket/folder. Default: HOME/artifacts."
+    )
+    artifact_cache_mib: int = Field(
+        default=4096, ge=0, description="Disk for packages read from a URL; 0 fetches each of them at every load."
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto (cuda if there is one).")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Serving precision. bfloat16 halves memory and changes scores slightly."
@@ -36,6 +43,11 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
     allow_public: bool = Field(default=False, description="Bind to a public address although there are no API keys.")
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="JSON list of API keys, hashed; read again when it changes. With it, requests need a key.",
+    )
+    api_keys: str | None = Field(default=None, repr=False, description="The same list itself, in place of a file.")
     slots: str | None = Field(
         default=None,
         description='Adapter slots on the device by rank, e.g. "64:24,128:6,512:2". Default: from free memory.',
@@ -48,6 +60,7 @@ class Settings(BaseSettings):
         default=20.0, gt=0, description="Admitted work, in seconds of measured device time; above it requests get 429."
     )
     max_request_mib: int = Field(default=64, gt=0, description="Largest request body.")
+    max_package_mib: int = Field(default=1024, gt=0, description="Largest package that may be pushed.")
     admission_mib: int = Field(default=1024, gt=0, description="Bytes of media admitted at once.")
     default_timeout_ms: int = Field(default=30_000, gt=0, description="Deadline of a request that names none.")
     max_timeout_ms: int = Field(default=300_000, gt=0, description="Longest deadline a request may ask for.")
@@ -62,6 +75,9 @@ class Settings(BaseSettings):
         default=256, gt=0, description="Most candidates of one /retrieve that are looked at again."
     )
     max_candidates: int = Field(default=20_000, gt=0, le=50_000, description="Most candidate answers of one /vqa.")
+    rollback_window_s: float = Field(
+        default=86_400.0, ge=0, description="How long after a rollout its galleries are kept ready for a rollback."
+    )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the device thread; 0 takes all processors but one."
     )
@@ -73,6 +89,12 @@ class Settings(BaseSettings):
             parse_slots(value)
         return value
 
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> Self:
+        if self.api_keys is not None and self.api_keys_file is not None:
+            raise ValueError("give api_keys or api_keys_file, not both")
+        return self
+
     @classmethod
     def load(cls, **flags: Any) -> "Settings":
         """From the environment and command line flags (which win; None means not given).
@@ -83,11 +105,13 @@ class Settings(BaseSettings):
         unknown = unknown_variables(os.environ)
         if unknown:
             raise InvalidSettings(f"unknown settings: {', '.join(unknown)}")
+        _check_key_variables(os.environ)
         try:
             settings = cls(**given)
         except ValidationError as error:
             raise InvalidSettings(describe(error)) from error
-        return settings.model_copy(update={"home": settings.home.expanduser()})
+        paths = {"home": settings.home, "api_keys_file": settings.api_keys_file}
+        return settings.model_copy(update={name: path and path.expanduser() for name, path in paths.items()})
 
     @property
     def backbone_folder(self) -> Path:
@@ -101,8 +125,17 @@ class Settings(BaseSettings):
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """BANK_* variables that no setting has; a misspelt one must not be ignored in silence."""
-    known = {f"BANK_{name.upper()}" for name in Settings.model_fields}
+    known = {f"BANK_{name.upper()}" for name in Settings.model_fields} | {CLIENT_KEY_VARIABLE}
     return sorted(name for name in environment if name.startswith("BANK_") and name not in known)
+
+
+def _check_key_variables(environment: Mapping[str, str]) -> None:
+    """Doubt about keys must not open the door. Raises: InvalidSettings."""
+    for name in ("BANK_API_KEYS", "BANK_API_KEYS_FILE"):
+        if name in environment and not environment[name].strip():
+            raise InvalidSettings(f"{name} is empty: give keys, or take the variable away to have none")
+    if environment.get(CLIENT_KEY_VARIABLE, "").lstrip().startswith(("[", "{")):
+        raise InvalidSettings(f"{CLIENT_KEY_VARIABLE} is the one key a client sends; a server's list is BANK_API_KEYS")
 
 
 def parse_slots(text: str) -> tuple[tuple[int, int], ...]:

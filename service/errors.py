@@ -1,6 +1,8 @@
 """Errors only a running server meets. Below `adapters.errors.AdapterBankError`:
 
 AdapterBankError
+├── Unauthenticated     no key was shown, or one that is unknown or has expired
+├── Forbidden           the key is known, and not for this
 ├── Overloaded          no budget for this request now; come back after `retry_after_s`
 ├── TooLarge            this request alone exceeds a limit, whenever it comes
 ├── DeadlineExceeded    the request's deadline passed before its answer was ready
@@ -16,11 +18,30 @@ AdapterBankError
 ├── GalleryBusy         another process is building it (below Conflict)
 ├── IndexStale          a query's embedding key is not the gallery's (below Conflict)
 ├── MissingMedia        a gallery item's media file is gone or changed
+├── InsufficientRoom    no disk or memory for what was asked
 ├── AdapterDamaged      a registered adapter's stored files are gone or broken
 └── EngineFailed        the device thread met an error that is not the request's fault
 """
 
+from typing import Literal
+
 from adapters.errors import AdapterBankError, Conflict, NotFound
+
+
+class Unauthenticated(AdapterBankError):
+    """Nobody known asks. `reason` is for counting."""
+
+    def __init__(self, message: str, *, reason: Literal["missing", "unknown", "expired"]) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Forbidden(AdapterBankError):
+    """Somebody known asks for what they may not do (`scope`), or with an adapter they may not use (`pattern`)."""
+
+    def __init__(self, message: str, *, reason: Literal["scope", "pattern"], param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.reason = reason
 
 
 class Overloaded(AdapterBankError):
@@ -93,6 +114,10 @@ class IndexStale(Conflict):
 
 class MissingMedia(AdapterBankError):
     """A gallery item's media file is gone, or its bytes changed since it was embedded."""
+
+
+class InsufficientRoom(AdapterBankError):
+    """There is not enough disk or memory for what was asked."""
 
 
 class AdapterDamaged(AdapterBankError):

@@ -30,6 +30,11 @@ class HomeFolders:
         return self.root / "artifacts"
 
     @property
+    def artifact_cache(self) -> Path:
+        """Packages that were read from a remote store."""
+        return self.root / "artifact-cache"
+
+    @property
     def galleries(self) -> Path:
         """Galleries by name."""
         return self.root / "galleries"

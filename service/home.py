@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from adapters.artifacts import LocalArtifactStore
 from adapters.config import check_name
 from adapters.errors import Conflict, RankTooLarge
 from adapters.families import family_of
@@ -14,11 +13,11 @@ from adapters.registry import DEFAULT_ALIAS, GalleryRecord, PackageInfo, Version
 from service.backbone.base import load_manifest
 from service.bank import DEFAULT_BUCKETS
 from service.config import Settings
-from service.folders import HomeFolders, open_registry
+from service.folders import open_registry
 from service.gallery.sources import Source
 from service.loader import check_fit
 from service.pipelines.galleries import BuildOptions, BuildProgress
-from service.runtime import Runtime
+from service.runtime import Runtime, open_artifacts
 from service.types import RequestContext
 
 BUILD_TIMEOUT_S = 7 * 24 * 3600.0
@@ -27,7 +26,7 @@ BUILD_TIMEOUT_S = 7 * 24 * 3600.0
 def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
     """Check a package (against the home's backbone where there is one), store it, register it, alias it if first.
 
-    Raises: InvalidPackage and its kinds, BackboneMismatch, RankTooLarge, InvalidReference.
+    Raises: InvalidPackage and its kinds, BackboneMismatch, RankTooLarge, InvalidReference, ArtifactUnavailable.
     """
     check_name(name)
     package = read_package(folder)
@@ -41,7 +40,7 @@ def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
         check_fit(package.config, backbone.config)
     registry = open_registry(settings)
     try:
-        LocalArtifactStore(HomeFolders(settings.home).artifacts).put(folder)
+        open_artifacts(settings).put(folder)
         record = registry.add_version(name, PackageInfo.of(package), actor="cli")
         if DEFAULT_ALIAS not in registry.snapshot().aliases_of(name):
             with suppress(Conflict):  # somebody else was first, which is as good

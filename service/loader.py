@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,22 +21,36 @@ from adapters.errors import (
     BackboneMismatch,
     InvalidPackage,
     MissingPart,
+    RegistryLost,
     RegistryUnavailable,
 )
 from adapters.families import family_of
 from adapters.families.base import BackboneDims
-from adapters.package import Package, check_backbone, read_package
-from adapters.registry import AliasReference, BaseReference, Registry, Snapshot, VersionRecord, parse_reference
+from adapters.package import Package, check_backbone, parse_package
+from adapters.registry import (
+    AliasReference,
+    BaseReference,
+    DigestReference,
+    Registry,
+    Snapshot,
+    VersionRecord,
+    parse_reference,
+)
+from adapters.registry.references import AdapterReference
+from service.auth import Principal
 from service.backbone.base import Backbone
 from service.backbone.config import BlipConfig
 from service.bank import AdapterBank, fold_package
-from service.errors import AdapterDamaged, NotReady
+from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.metrics import Metrics
 from service.types import BASE_INFO, AdapterInfo
+from service.views import Views
 
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
+DRAIN_POLL_S = 0.05
+STALE_S = 5.0  # without a look at the registry for so long, this process stood still: others may have moved on
 NUM_LOAD_THREADS = 2
 
 
@@ -56,6 +70,7 @@ class RegistryState:
     snapshot: Snapshot
     checked_at: float
     error: str | None = None
+    is_lost: bool = False
 
 
 @dataclass
@@ -63,6 +78,7 @@ class _Load:
     """A load that requests wait for. What it brought `is_held` until the last of them has a hold of its own."""
 
     future: Future[None]
+    record: VersionRecord
     num_waiting: int = 0
     is_held: bool = False
 
@@ -81,8 +97,10 @@ class Loader:
         self._threads = ThreadPoolExecutor(NUM_LOAD_THREADS, thread_name_prefix="adapter-load")
         self._loads: dict[str, _Load] = {}
         self._lock = threading.Lock()  # over alias resolution and hold, and over _loads
-        self._state = RegistryState(registry.snapshot(), time.monotonic())
+        self._state = RegistryState(_first_snapshot(registry), time.monotonic())
+        self._views = Views()
         self._watcher: asyncio.Task[None] | None = None
+        self._listeners: list[Callable[[], None]] = []
         metrics.registry_generation.set(self.snapshot.generation)
 
     @property
@@ -90,10 +108,23 @@ class Loader:
         """The registry as of the last look."""
         return self._state.snapshot
 
+    def view(self, principal: Principal) -> Snapshot:
+        """The registry as of the last look, without what a principal may not see. What answers a request reads this one."""
+        return self._views.of(self.snapshot, principal)
+
     @property
     def registry_error(self) -> str | None:
         """Why the last look at the registry failed; None when it did not."""
         return self._state.error
+
+    @property
+    def is_registry_lost(self) -> bool:
+        """Whether the last look found a registry that must be restored."""
+        return self._state.is_lost
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call this on the event loop whenever a look found something new."""
+        self._listeners.append(listener)
 
     def start(self) -> None:
         """Begin watching the registry."""
@@ -109,83 +140,127 @@ class Loader:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(POLL_INTERVAL_S)
+            try:
+                await asyncio.to_thread(self._registry.wait, POLL_INTERVAL_S)
+            except RegistryUnavailable:
+                await asyncio.sleep(POLL_INTERVAL_S)  # the look that follows says what is wrong
             try:
                 await self.refresh()
             except Exception:
                 log.exception("looking at the registry failed")  # and will be tried again: nothing ends the watch
+                await asyncio.sleep(POLL_INTERVAL_S)
 
     async def refresh(self) -> None:
         """Look at the registry now. When it cannot be read, serving goes on with what is known."""
+        before = self._state
         await asyncio.to_thread(self._refresh)
+        if (self._state.snapshot, self._state.is_lost) != (before.snapshot, before.is_lost):
+            for listener in self._listeners:
+                listener()
 
     def _refresh(self) -> None:
         now = time.monotonic()
         try:
             snapshot = self._registry.snapshot()
         except RegistryUnavailable as error:
-            self._keep_known(now, error.message)
+            self._keep_known(now, error)
             return
         self._state = RegistryState(snapshot, now)
+        self._metrics.registry_up.set(1)
         self._metrics.registry_generation.set(snapshot.generation)
 
-    def _keep_known(self, now: float, error: str) -> None:
+    def _keep_known(self, now: float, error: RegistryUnavailable) -> None:
         if self._state.error is None:
             generation = self.snapshot.generation
-            log.warning("the registry cannot be used, serving goes on with generation %d: %s", generation, error)
-        self._state = RegistryState(self.snapshot, now, error)
+            log.warning(
+                "the registry cannot be used, serving goes on with generation %d: %s", generation, error.message
+            )
+        self._metrics.registry_up.set(0)
+        self._state = RegistryState(self.snapshot, now, error.message, isinstance(error, RegistryLost))
 
     @asynccontextmanager
-    async def pin(self, reference: str) -> AsyncIterator[Pin]:
-        """Resolve a reference and hold its adapter on the host until the block ends.
+    async def pin(self, reference: str, principal: Principal) -> AsyncIterator[Pin]:
+        """Resolve a reference for somebody and hold its adapter on the host until the block ends.
 
         A cold adapter is loaded meanwhile, and only its requests wait. A reference nobody knows makes the loader look
-        at the registry once more before it says so: what was just pushed is found.
-        Raises: InvalidReference, AdapterNotFound, InvalidPackage, BackboneMismatch, MissingPart, RankTooLarge.
+        at the registry once more before it says so: what was just pushed is found. A digest that several names share
+        means a name that the principal may use.
+        Raises: InvalidReference, Forbidden, AdapterNotFound, InvalidPackage, BackboneMismatch, MissingPart, RankTooLarge.
         """
-        pin = await self._resolve_and_hold(reference)
+        pin = await self._resolve_and_hold(reference, principal)
         try:
             yield pin
         finally:
             self._bank.release(pin.digest)
 
-    async def _resolve_and_hold(self, reference: str) -> Pin:
+    async def _resolve_and_hold(self, reference: str, principal: Principal) -> Pin:
         if reference == BASE_ADAPTER:
+            principal.check_adapter(BASE_ADAPTER)
             return Pin(BASE_INFO, BASE_ADAPTER, None)
         parsed = parse_reference(reference)
         assert not isinstance(parsed, BaseReference), "__base__ was answered above. This is a bug."
+        if not isinstance(parsed, DigestReference):
+            principal.check_adapter(parsed.name)  # before looking: nobody learns whether others' names exist
+        if time.monotonic() - self._state.checked_at > STALE_S:
+            await self.refresh()
         try:
-            self.snapshot.resolve(parsed)
-        except AdapterNotFound:
+            self._resolve(parsed, principal)
+        except (AdapterNotFound, Forbidden):
             await self.refresh()
         with self._lock:
-            record = self.snapshot.resolve(parsed)
+            record = self._resolve(parsed, principal)
             load = None if self._bank.hold(record.weights_digest) else self._join_load(record)
         if load is not None:
-            await self._wait(record.weights_digest, load)
+            await self._wait(record, load)
         config = self._bank.adapter(record.weights_digest).config
         alias = parsed.alias if isinstance(parsed, AliasReference) else None
         info = AdapterInfo(record.name, record.version, record.weights_digest, alias)
         return Pin(info, record.weights_digest, config)
+
+    def _resolve(self, reference: AdapterReference, principal: Principal) -> VersionRecord:
+        """The version a reference means for a principal. Raises: AdapterNotFound, Forbidden; neither names what is hidden."""
+        try:
+            record = self.view(principal).resolve(reference)
+        except AdapterNotFound:
+            if isinstance(reference, DigestReference) and self.snapshot.with_digest(reference.digest):
+                message = f"this key may use none of the adapters with the digest {reference.digest}"
+                raise Forbidden(message, reason="pattern", param="adapter") from None
+            raise
+        principal.check_adapter(record.name)
+        return record
+
+    async def unload(self, digest: str, *, timeout_s: float) -> dict[str, int]:
+        """Wait until nobody holds an adapter, then let it go; the bytes freed by tier. Raises: Conflict when it takes longer."""
+        end = time.monotonic() + timeout_s
+        while self._bank.num_holders(digest) and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)  # holds end on many paths; a poll misses none
+        return self._bank.unload(digest)
 
     def _join_load(self, record: VersionRecord) -> _Load:
         """The running load of a digest, or a new one. Called under the lock. Raises: NotReady after `close`."""
         load = self._loads.get(record.weights_digest)
         if load is None:
             try:
-                load = _Load(self._threads.submit(self._load, record))
+                load = _Load(self._threads.submit(self._load, record), record)
             except RuntimeError as error:
                 raise NotReady("the server is shutting down") from error
             self._loads[record.weights_digest] = load
         load.num_waiting += 1
         return load
 
-    async def _wait(self, digest: str, load: _Load) -> None:
+    async def _wait(self, record: VersionRecord, load: _Load) -> None:
         """Wait for a load and hold what it brought. Who leaves early leaves the others their load."""
+        digest = record.weights_digest
         try:
             await asyncio.shield(asyncio.wrap_future(load.future))
             is_there = self._bank.hold(digest)
             assert is_there, f"{digest} was loaded and is not there. This is a bug."
+        except AdapterDamaged as error:
+            if load.record == record:
+                raise
+            # Those are another name's files, which whoever waits here may not know of.
+            message = f"the stored files of {record.reference}'s weights are damaged"
+            raise AdapterDamaged(message, param="adapter") from error
         except asyncio.CancelledError:
             if load.future.cancelled():
                 raise NotReady("the server is shutting down") from None
@@ -214,10 +289,11 @@ class Loader:
         self._metrics.adapter_load_seconds.labels("disk").observe(seconds)
         log.info("loaded %s@%d in %.0f ms", record.name, record.version, 1000 * seconds)
 
-    def _read(self, record: VersionRecord, dims: BackboneDims) -> Package:
-        """The stored package of a version. Raises: AdapterDamaged, BackboneMismatch."""
+    def read(self, record: VersionRecord) -> Package:
+        """The stored package of a version. Any thread. Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart."""
+        dims = self._dims()
         try:
-            package = read_package(self._artifacts.path(record.package_digest), dims=dims)
+            package = parse_package(self._artifacts.read(record.package_digest), dims=dims)
         except BackboneMismatch:
             raise
         except (ArtifactNotFound, InvalidPackage) as error:
@@ -230,16 +306,43 @@ class Loader:
     def check(self, record: VersionRecord, *, hold: bool = False) -> None:
         """Bring a version to the host tier, or say why it cannot be served by this process. Any thread.
 
-        Raises: AdapterDamaged, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
+        Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
         """
+        package = self.read(record)
+        check_servable(package.config, self._backbone, self._bank)
+        self._bank.put(fold_package(package, self._dims(), self._bank.dtype), hold=hold)
+
+    def _dims(self) -> BackboneDims:
+        """What adapters must fit. Raises: MissingPart for a backbone that takes none."""
         if self._bank.dims is None:
             raise MissingPart(f"this backbone serves {BASE_ADAPTER} only: {self._backbone.config.uneven_towers}")
-        package = self._read(record, self._bank.dims)
-        check_backbone(package.config, self._backbone.parts)
-        check_fit(package.config, self._backbone.config)
-        self._backbone.require(package.config.task, heads=package.config.heads)
-        self._bank.check_rank(family_of(package.config.family).slot_rank(package.config))
-        self._bank.put(fold_package(package, self._bank.dims, self._bank.dtype), hold=hold)
+        return self._bank.dims
+
+
+def _first_snapshot(registry: Registry) -> Snapshot:
+    """The registry's state; what was remembered of it where it cannot be read. Raises: RegistryUnavailable for neither."""
+    try:
+        return registry.snapshot()
+    except RegistryUnavailable as error:
+        if registry.known is None:
+            raise
+        log.warning(
+            "starting from what is remembered of the registry, generation %d: %s",
+            registry.known.generation,
+            error.message,
+        )
+        return registry.known
+
+
+def check_servable(config: AdapterConfig, backbone: Backbone, bank: AdapterBank) -> None:
+    """Refuse an adapter that this backbone and these slots cannot serve.
+
+    Raises: BackboneMismatch, MissingPart, InvalidPackage, RankTooLarge.
+    """
+    check_backbone(config, backbone.parts)
+    check_fit(config, backbone.config)
+    backbone.require(config.task, heads=config.heads)
+    bank.check_rank(family_of(config.family).slot_rank(config))
 
 
 def check_fit(config: AdapterConfig, backbone: BlipConfig) -> None:

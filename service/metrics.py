@@ -46,6 +46,12 @@ class Metrics:
         self.queued_jobs = Gauge("bank_queued_jobs", "Jobs waiting", registry=r)
         self.admitted_cost = Gauge("bank_admitted_cost_ratio", "Share of the admission budget in use", registry=r)
         self.refused = Counter("bank_refused_total", "Requests refused at the door", ["reason"], registry=r)
+        self.auth_failures = Counter(
+            "bank_auth_failures_total", "Requests refused for want of a key that may", ["reason"], registry=r
+        )
+        self.api_keys_stale = Gauge(
+            "bank_api_keys_stale", "1 while the file of keys cannot be used and older keys are valid", registry=r
+        )
         self.adapter_loads = Counter(
             "bank_adapter_loads_total", "Adapters loaded, by tier they came to", ["tier"], registry=r
         )
@@ -61,6 +67,13 @@ class Metrics:
         self.resident_adapters = Gauge("bank_resident_adapters", "Adapters held, by tier", ["tier"], registry=r)
         self.resident_bytes = Gauge("bank_resident_bytes", "Bytes of adapters held, by tier", ["tier"], registry=r)
         self.backbone_loads = Counter("bank_backbone_loads_total", "Backbones loaded since start", registry=r)
+        self.registry_up = Gauge("bank_registry_up", "Whether the last look at the registry went well", registry=r)
+        self.replica_lag = Gauge(
+            "bank_replica_lag_generations", "Generations the slowest living replica is behind this one", registry=r
+        )
+        self.validation_failures = Counter(
+            "bank_validation_failures_total", "Versions that were refused by validation here", registry=r
+        )
         self.registry_generation = Gauge(
             "bank_registry_generation", "Generation of the registry snapshot in use", registry=r
         )

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from adapters.artifacts import LocalArtifactStore
+from adapters.artifacts import ArtifactStore, open_store
 from adapters.errors import MissingPart
 from adapters.registry import VersionRecord
 from service.admission import Admission
@@ -20,6 +20,11 @@ from service.config import MIB, Settings
 from service.engine import Engine
 from service.folders import HomeFolders, open_registry
 from service.gallery.store import GalleryStore
+from service.lifecycle.deployments import Deployments
+from service.lifecycle.lifecycle import Lifecycle, new_replica_id
+from service.lifecycle.rollouts import Rollouts
+from service.lifecycle.sweeper import Sweeper
+from service.lifecycle.validate import validate
 from service.loader import Loader
 from service.media import MediaLimits, MediaWorkers
 from service.metrics import Metrics
@@ -49,6 +54,19 @@ def exit_process(error: BaseException) -> None:
     os._exit(EXIT_DEVICE_LOST)
 
 
+def open_artifacts(settings: Settings) -> ArtifactStore:
+    """The store of packages that the settings name; what is remote is first asked when it is used.
+
+    Raises: InvalidReference, ArtifactUnavailable; see `adapters.artifacts.open_store`.
+    """
+    folders = HomeFolders(settings.home)
+    return open_store(
+        settings.artifacts_url or folders.artifacts,
+        cache=folders.artifact_cache,
+        max_cache_bytes=settings.artifact_cache_mib * MIB,
+    )
+
+
 class Runtime:
     """One backbone, one device, one engine, and everything around them."""
 
@@ -62,7 +80,7 @@ class Runtime:
         self.backbone = load_backbone(settings.backbone_folder, device=str(device), dtype=settings.dtype)
         self.metrics.backbone_loads.inc()
         self.registry = open_registry(settings)
-        self.artifacts = LocalArtifactStore(folders.artifacts)
+        self.artifacts = open_artifacts(settings)
         self.bank = _make_bank(self.backbone, settings, self.metrics)
         self.admission = Admission(
             max_queue_seconds=settings.max_queue_seconds,
@@ -87,7 +105,13 @@ class Runtime:
             self.metrics,
             feature_cache_bytes=settings.feature_cache_mib * MIB,
         )
-        self.galleries = Galleries(GalleryStore(folders.galleries), self.registry, self.loader, self.stages)
+        self.galleries = Galleries(
+            GalleryStore(folders.galleries),
+            self.registry,
+            self.loader,
+            self.stages,
+            rollback_window_s=settings.rollback_window_s,
+        )
         self.vqa = VqaPipeline(
             self.stages, self.loader, self.galleries, self.admission, max_candidates=settings.max_candidates
         )
@@ -100,6 +124,19 @@ class Runtime:
             max_k=settings.max_k,
             max_rerank_depth=settings.max_rerank_depth,
         )
+        self.replica_id = new_replica_id()
+        self._started_at = time.time()
+        self.lifecycle = Lifecycle(
+            self.replica_id,
+            self.registry,
+            self.loader,
+            Rollouts(self.replica_id, self.registry, self.loader, self.galleries, self.metrics),
+            Sweeper(self.replica_id, self.registry, self.artifacts, self.galleries.store),
+            self.metrics,
+            validate=self._validate,
+            describe=self._describe,
+        )
+        self.deployments = Deployments(self.registry, self.artifacts)
         self._is_started = False
         self._is_draining = False
 
@@ -109,6 +146,7 @@ class Runtime:
             self.engine.start()
             await asyncio.to_thread(self.media.start)
             self.loader.start()
+            await self.lifecycle.start()
         except BaseException:
             await self.close()
             raise
@@ -130,6 +168,22 @@ class Runtime:
             stack.push_async_callback(asyncio.to_thread, self.media.close)
             stack.push_async_callback(asyncio.to_thread, self.engine.stop)
             stack.push_async_callback(self.loader.close)
+            stack.push_async_callback(self.lifecycle.close)
+
+    async def _validate(self, version: VersionRecord) -> None:
+        """Run a version's probe through the engine. Raises what is wrong with it."""
+        package = await asyncio.to_thread(self.loader.read, version)
+        await validate(package, self.stages)
+
+    def _describe(self) -> dict[str, object]:
+        """What other replicas and status pages are told of this one."""
+        return {
+            "url": f"http://{self.settings.host}:{self.settings.port}",
+            "started_at": self._started_at,
+            "device": str(self.backbone.device),
+            "backbone": self.backbone.digest,
+            "resident": {tier: sorted(held) for tier, held in self.bank.residency().items()},
+        }
 
     def adapters(self) -> dict[str, tuple[VersionRecord, ...]]:
         """Registered adapters and their versions, by name."""

@@ -1,4 +1,4 @@
-"""All that travels between layers. Imports none of ours but the name of the base adapter.
+"""All that travels between layers. Imports none of ours but the name of the base adapter and who asks.
 
 A request becomes stages; each stage is a `Job` that waits in the scheduler, runs in a `Batch` and settles with the
 output type of its stage. Shapes: F frames, P tokens of a frame (CLS first), D width, E embedding size.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.config import BASE_ADAPTER
+from service.auth import LOCAL, Principal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -312,13 +313,17 @@ class RetrieveAnswer:
 class RequestContext:
     """What accompanies a request through every layer.
 
-    `deadline` is on the monotonic clock; `stage_ms` is filled as stages end and returns as response headers.
+    `deadline` is on the monotonic clock; `stage_ms` is filled as stages end and returns as response headers. Over HTTP
+    `principal` is nobody until a key was checked. The jobs of a request that is `alone` share their batches with nobody:
+    equal jobs are then equal launches.
     """
 
     deadline: float
     client: str = ""
     request_id: str = ""
     background: bool = False
+    alone: bool = False
+    principal: Principal = LOCAL
     stage_ms: dict[str, float] = field(default_factory=dict)
 
     def spent(self, stage: str, seconds: float) -> None:

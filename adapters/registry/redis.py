@@ -130,6 +130,8 @@ return 1
 class RedisStore:
     """See Store. `url` is what redis-py takes, with `?namespace=NAME` where several registries share a server."""
 
+    is_shared = True
+
     def __init__(self, url: str) -> None:
         address, namespace = _split_namespace(url)
         self._url = _without_password(address)

@@ -78,6 +78,11 @@ class Registry:
         else:
             store.create(blank_revision())
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether its store is a server, which may come back empty; a file only vanishes by somebody's hand."""
+        return self._store.is_shared
+
     # --- reading -----------------------------------------------------------------------------------------
 
     @property

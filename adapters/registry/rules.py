@@ -276,6 +276,12 @@ def set_gallery_status(
     head = draft.before.head(name)
     if head is not None and version in (head.live, head.canary):
         raise Conflict(f"gallery {name}@{version} cannot become {status} while it is live", param="status")
+    for rollout in draft.before.active_rollouts:
+        if any((move.gallery, move.to_version) == (name, version) for move in rollout.moves):
+            raise Conflict(
+                f"gallery {name}@{version} cannot become {status} while operation {rollout.id} rolls it out",
+                param="status",
+            )
     after = replace(record, status=status, reason=reason, updated_at=draft.now)
     draft.put(after)
     draft.note("set_gallery_status", record.key, record.status, status, reason)
@@ -300,11 +306,31 @@ def set_live_gallery(
             f"gallery {name}@{version} is {record.status}; only a ready version can be live", param="version"
         )
     followed = (head.follows if head else None) if isinstance(follows, Unset) else follows
+    check_still(before, name)
     if live == version and followed == (head.follows if head else None):
         return record
     draft.put(GalleryHead(name, version, draft.now, followed, None))
+    _touch_gallery(draft, name, live)
     draft.note("set_live_gallery", name, live, version, reason)
     return record
+
+
+def _touch_gallery(draft: Draft, name: str, version: int | None) -> None:
+    """Note when a version stopped being live: from then on counts how long it is kept."""
+    record = draft.before.records.get(("gallery", f"{name}@{version}"))
+    if isinstance(record, GalleryRecord):
+        draft.put(replace(record, updated_at=draft.now))
+
+
+def check_still(before: Snapshot, name: str) -> None:
+    """Refuse to change a gallery that a rollout is about to move. Raises: Conflict naming the operation."""
+    for rollout in before.active_rollouts:
+        if any(move.gallery == name for move in rollout.moves):
+            raise Conflict(
+                f"gallery {name!r} is being embedded anew for {rollout.name}@{rollout.alias} (operation {rollout.id}); "
+                "wait for it, or abort it",
+                param="gallery",
+            )
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------
@@ -456,9 +482,6 @@ def commit_rollout(draft: Draft, rollout_id: str, alive: Collection[str]) -> Rol
         return None
     if any(replica in alive and replica not in rollout.ready for replica in rollout.required):
         return None
-    problem = _why_not(draft.before, rollout)
-    if problem is not None:
-        return _abort(draft, rollout, problem)
     return _commit(draft, rollout)
 
 
@@ -560,21 +583,6 @@ def _last_index(history: Sequence[int], version: int) -> int:
     return len(history) - 1 - list(reversed(history)).index(version)
 
 
-def _why_not(before: Snapshot, rollout: RolloutRecord) -> str | None:
-    """What changed under a rollout so that it must not be committed; None when nothing did."""
-    record = before.alias(rollout.name, rollout.alias)
-    if (record.version if record else None) != rollout.from_version:
-        return f"{rollout.name}@{rollout.alias} moved meanwhile"
-    target = before.version(rollout.name, rollout.to_version)
-    if target.status != "ready":
-        return f"{target.reference} is {target.status}"
-    for move in rollout.moves:
-        head = before.head(move.gallery)
-        if head is None or head.live != move.from_version:
-            return f"gallery {move.gallery!r} changed meanwhile"
-    return None
-
-
 def _commit(draft: Draft, rollout: RolloutRecord) -> RolloutRecord:
     before = draft.before.alias(rollout.name, rollout.alias)
     if rollout.traffic is None:
@@ -598,6 +606,7 @@ def _move_galleries(draft: Draft, rollout: RolloutRecord) -> None:
         if rollout.traffic is None:
             draft.put(replace(head, live=move.to_version, canary=None, updated_at=draft.now))
             if head.live != move.to_version:
+                _touch_gallery(draft, head.name, head.live)
                 draft.note("set_live_gallery", head.name, head.live, move.to_version, f"operation {rollout.id}")
         else:
             draft.put(replace(head, canary=move.to_version, updated_at=draft.now))

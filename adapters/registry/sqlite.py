@@ -72,6 +72,8 @@ AUDIT_COLUMNS = 'generation, at, actor, action, subject, "before", "after", reas
 class SqliteStore:
     """See Store. `path` is made when there is no file; its folder must be on a local disk, as locks need one."""
 
+    is_shared = False
+
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -50,7 +50,12 @@ class Contents:
 
 
 class Store(Protocol):
-    """Where the records of a registry are. Shared by threads and processes."""
+    """Where the records of a registry are. Shared by threads and processes.
+
+    `is_shared`: a server that replicas of several hosts share, rather than a file of one host.
+    """
+
+    is_shared: bool
 
     def create(self, revision: Revision) -> None:
         """Begin an empty registry at this revision, unless there is one."""

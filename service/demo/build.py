@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from adapters.config import AdapterConfig
-from adapters.package import write_package
 from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
 from adapters.training.data import AnswerBatch, RetrievalBatch
 from adapters.training.loop import FitOptions, Objective, Progress, fit
@@ -99,7 +98,9 @@ def build_adapter(recipe: Recipe, variant: Variant, work: Path, backbone_folder:
     _fit(name, adapter.parameters, objective, schedule, work / f"{name}.ckpt")
     stored = {name: tensor.to(STORED_DTYPE) for name, tensor in adapter.package_tensors().items()}
     shutil.rmtree(out, ignore_errors=True)
-    write_package(out, config, stored, _card(recipe, config, share), None)
+    from service.lifecycle.writing import write_probed_package  # the parts that serve, which training does without
+
+    write_probed_package(out, config, stored, _card(recipe, config, share), backbone)
 
 
 def build_fine_tuned(recipe: Recipe, work: Path, backbone_folder: Path, out: Path) -> None:

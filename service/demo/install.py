@@ -10,7 +10,7 @@ from typing import TextIO
 from adapters.errors import BackboneNotFound
 from adapters.registry import DEFAULT_ALIAS
 from service.backbone.base import load_manifest
-from service.config import Settings
+from service.config import CLIENT_KEY_VARIABLE, Settings
 from service.demo.recipes import ASSETS, RECIPES
 from service.demo.samples import ITEMS_FILE, write_samples
 from service.folders import open_registry
@@ -121,14 +121,18 @@ def _write_manifests(folder: Path) -> dict[str, Path]:
 
 
 def curl_lines(url: str, settings: Settings) -> list[str]:
-    """Two commands that work as printed: a question about a picture, and a search of clips."""
+    """Two commands that work as printed: a question about a picture, and a search of clips. A server with keys wants one in
+    the variable that our client asks, too.
+    """
+    has_keys = settings.api_keys is not None or settings.api_keys_file is not None
+    curl = f'curl -s -H "Authorization: Bearer ${CLIENT_KEY_VARIABLE}"' if has_keys else "curl -s"
     pictures = media_folder(settings, PICTURE_TASK)
     asked = json.loads((pictures / ITEMS_FILE).read_text().splitlines()[0])
     told = json.loads((media_folder(settings, CLIPS_TASK) / ITEMS_FILE).read_text().splitlines()[0])
     question = json.dumps({"adapter": PICTURE_TASK, "question": asked["question"], "decode": {"mode": "rank"}})
     search = json.dumps({"gallery": CLIPS_GALLERY, "query": {"text": told["caption"]}, "k": 3, "rerank": "match"})
     return [
-        f"curl -s {url}/vqa -F 'request={question}' -F 'image=@{pictures / asked['file']}'"
+        f"{curl} {url}/vqa -F 'request={question}' -F 'image=@{pictures / asked['file']}'"
         f"    # right answer: {asked['answer']}",
-        f"curl -s {url}/retrieve -H 'content-type: application/json' -d '{search}'    # right clip: {told['file']}",
+        f"{curl} {url}/retrieve -H 'content-type: application/json' -d '{search}'    # right clip: {told['file']}",
     ]

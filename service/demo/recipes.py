@@ -52,7 +52,7 @@ RECIPES = {
         Recipe("demo-image-vqa", rank=96, kv_rank=32, steps=4000, batch_size=48),
         Recipe("demo-video-qa", rank=96, kv_rank=32, steps=4000, batch_size=24),
         Recipe("demo-video-retrieval", rank=64, kv_rank=32, steps=1500, batch_size=24),
-        Recipe("demo-image-retrieval", rank=64, kv_rank=None, steps=2000, batch_size=48),
+        Recipe("demo-image-retrieval", rank=96, kv_rank=32, steps=6000, batch_size=48),
         Recipe("demo-chart-vqa", rank=32, kv_rank=16, steps=2000, batch_size=48),
         Recipe("demo-pattern-retrieval", rank=128, kv_rank=None, steps=1500, batch_size=48),
     )

@@ -274,6 +274,11 @@ class GalleryStore:
                 with self._lock:
                     self._opening.pop(key, None)
 
+    def is_open(self, name: str, version: int) -> bool:
+        """Whether a version is in memory."""
+        with self._lock:
+            return (name, version) in self._open
+
     def build(self, plan: GalleryPlan, sources: Sequence[Source], *, shard_size: int = SHARD_SIZE) -> GalleryBuild:
         """Begin or carry on a build. Raises: as `GalleryBuild`."""
         return GalleryBuild(self.root, plan, sources, shard_size=shard_size)

@@ -52,9 +52,12 @@ TABLE: Mapping[type[AdapterBankError], Rule] = {
     adapter_errors.NonFiniteTensor: Rule(422, "non_finite_tensor"),
     adapter_errors.DigestMismatch: Rule(422, "digest_mismatch"),
     adapter_errors.BackboneMismatch: Rule(422, "backbone_mismatch"),
+    adapter_errors.ProbeFailed: Rule(422, "probe_failed"),
     adapter_errors.MissingPart: Rule(422, "missing_part"),
     adapter_errors.RankTooLarge: Rule(422, "rank_too_large"),
     adapter_errors.ConversionError: Rule(422, "conversion_error"),
+    service_errors.Unauthenticated: Rule(401, "unauthenticated"),
+    service_errors.Forbidden: Rule(403, "forbidden"),
     service_errors.BadQuery: Rule(422, "bad_query"),
     service_errors.BadMedia: Rule(422, "bad_media"),
     service_errors.UnsupportedMedia: Rule(422, "unsupported_media"),
@@ -65,8 +68,10 @@ TABLE: Mapping[type[AdapterBankError], Rule] = {
     service_errors.MissingMedia: Rule(410, "missing_media"),
     service_errors.Overloaded: Rule(429, "overloaded", retry_after_s=1.0),
     service_errors.NoFreeSlot: Rule(429, "no_free_slot", retry_after_s=1.0),
+    service_errors.InsufficientRoom: Rule(507, "insufficient_room"),
     service_errors.AdapterDamaged: Rule(503, "adapter_damaged", retry_after_s=30.0),
     service_errors.NotReady: Rule(503, "not_ready", retry_after_s=5.0),
+    adapter_errors.ArtifactUnavailable: Rule(503, "artifact_unavailable", retry_after_s=5.0),
     adapter_errors.RegistryLost: Rule(503, "registry_lost", retry_after_s=10.0),
     adapter_errors.RegistryUnavailable: Rule(503, "registry_unavailable", retry_after_s=2.0),
     service_errors.DeadlineExceeded: Rule(504, "deadline_exceeded"),
@@ -118,6 +123,8 @@ def error_response(error: Exception, request_id: str) -> JSONResponse:
             headers.update(error.headers or {})
         case AdapterBankError() if (rule := rule_of(error)) is not INTERNAL:
             message, param = error.message, error.param
+            if rule.status == 401:
+                headers["WWW-Authenticate"] = "Bearer"
             if rule.retry_after_s is not None:
                 headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after_s", rule.retry_after_s))))
         case _:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from service.auth import NOBODY
 from service.config import Settings
 from service.http.errors import RefusedRequest
 from service.types import AdapterInfo, RequestContext
@@ -26,12 +27,12 @@ class Exchange:
 
     @classmethod
     def begin(cls, scope: Scope, settings: Settings) -> "Exchange":
-        """With the client's request id where it sent a sane one, and the default deadline."""
+        """With the client's request id where it sent a sane one, and the default deadline. Nobody asks until `Door` says who."""
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", given) else uuid.uuid4().hex
         client = scope["client"][0] if scope.get("client") else ""
         deadline = time.monotonic() + settings.default_timeout_ms / 1000
-        return cls(RequestContext(deadline=deadline, client=client, request_id=request_id))
+        return cls(RequestContext(deadline=deadline, client=client, request_id=request_id, principal=NOBODY))
 
     def read_timeout(self, scope: Scope, settings: Settings) -> None:
         """Take the deadline the client asks for, capped. Raises: RefusedRequest when it is no positive number."""

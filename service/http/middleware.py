@@ -1,4 +1,4 @@
-"""Around every request, outermost first: `Exchanges`, `LoopbackOnly` and `BodyLimit` (limits.py), `Attended`.
+"""Around every request, outermost first: `Exchanges`, `LoopbackOnly`, `Door` (access.py), `BodyLimit` (limits.py), `Attended`.
 
 Plain ASGI throughout: Starlette's BaseHTTPMiddleware hides from the handler that its client has left.
 """
@@ -67,13 +67,14 @@ class Exchanges:
         metrics.request_seconds.labels(route).observe(seconds)
         path = scope.get("raw_path", b"").decode("latin-1")  # still quoted: nothing in it can break a line of the log
         log.info(
-            "%s %s %d %.1f ms request=%s adapter=%s",
+            "%s %s %d %.1f ms request=%s adapter=%s key=%s",
             scope["method"],
             path,
             status,
             1000 * seconds,
             exchange.context.request_id,
             adapter or "-",
+            exchange.context.principal.id,
         )
 
 

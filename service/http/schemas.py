@@ -55,8 +55,9 @@ Question = Annotated[str, StringConstraints(max_length=MAX_QUESTION_CHARS)]
 Candidate = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CANDIDATE_CHARS)]
 
 
-def _examples(*examples: dict[str, JsonValue]) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": list(examples)})
+def examples(*shown: dict[str, JsonValue]) -> ConfigDict:
+    """The part of a model's config that shows examples in the API's documentation."""
+    return ConfigDict(json_schema_extra={"examples": list(shown)})
 
 
 class Model(BaseModel):
@@ -77,7 +78,7 @@ class RequestModel(Model):
 class UploadedMedia(RequestModel):
     """A picture or clip inside the JSON text."""
 
-    model_config = _examples(_EXAMPLE_PICTURE)
+    model_config = examples(_EXAMPLE_PICTURE)
 
     base64: str = Field(min_length=1, description="The file's bytes: standard alphabet, padded, no line breaks.")
 
@@ -85,7 +86,7 @@ class UploadedMedia(RequestModel):
 class GalleryMediaRef(RequestModel):
     """An item of a gallery."""
 
-    model_config = _examples(_EXAMPLE_PART)
+    model_config = examples(_EXAMPLE_PART)
 
     gallery: Reference
     item: Reference
@@ -158,7 +159,7 @@ class _OneMedium(RequestModel):
 class GenerateOptions(RequestModel):
     """Answer in free words, by beam search. What is left out is the adapter's default."""
 
-    model_config = _examples({"mode": "generate", "num_beams": 3, "max_new_tokens": 9})
+    model_config = examples({"mode": "generate", "num_beams": 3, "max_new_tokens": 9})
 
     mode: Literal["generate"] = "generate"
     num_beams: int | None = Field(default=None, ge=1, le=16, description="1 is greedy.")
@@ -168,7 +169,7 @@ class GenerateOptions(RequestModel):
 class RankOptions(RequestModel):
     """Answer by choosing the most likely candidate. What is left out is the adapter's default."""
 
-    model_config = _examples({"mode": "rank", "candidates": ["yes", "no"]}, {"mode": "rank", "k": 128})
+    model_config = examples({"mode": "rank", "candidates": ["yes", "no"]}, {"mode": "rank", "k": 128})
 
     mode: Literal["rank"]
     candidates: tuple[Candidate, ...] | None = Field(
@@ -180,7 +181,7 @@ class RankOptions(RequestModel):
 class VqaFields(RequestModel):
     """A question without its medium: the field `request` of a multipart form, whose file part is `image` or `video`."""
 
-    model_config = _examples({"adapter": "vqa@prod", "question": "what colour is the ball?"})
+    model_config = examples({"adapter": "vqa@prod", "question": "what colour is the ball?"})
 
     adapter: Reference = Field(description="`name`, `name@alias`, `name@7`, `sha256:...`, or `__base__` for none.")
     question: Question
@@ -200,7 +201,7 @@ class VqaFields(RequestModel):
 class VqaRequest(_OneMedium, VqaFields):
     """A question about one picture or clip."""
 
-    model_config = _examples(
+    model_config = examples(
         {"adapter": "vqa@prod", "question": "what colour is the ball?", "image": _EXAMPLE_PICTURE},
         {
             "adapter": "vqa",
@@ -220,7 +221,7 @@ class VqaRequest(_OneMedium, VqaFields):
 class AdapterReply(Model):
     """The adapter that answered."""
 
-    model_config = _examples(_EXAMPLE_ADAPTER)
+    model_config = examples(_EXAMPLE_ADAPTER)
 
     name: str
     version: int | None = Field(description="null for `__base__`.")
@@ -236,7 +237,7 @@ class AdapterReply(Model):
 class AlternativeReply(Model):
     """Another answer that was considered."""
 
-    model_config = _examples({"answer": "green", "score": -1.92, "index": None})
+    model_config = examples({"answer": "green", "score": -1.92, "index": None})
 
     answer: str
     score: float
@@ -246,7 +247,7 @@ class AlternativeReply(Model):
 class VqaReply(Model):
     """The answer."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "answer": "red",
             "score": -0.31,
@@ -286,7 +287,7 @@ class VqaReply(Model):
 class QueryInput(_OneMedium):
     """What to search for: exactly one of the three."""
 
-    model_config = _examples({"text": "a dog catches a ball"}, {"image": _EXAMPLE_PICTURE}, {"video": _EXAMPLE_PART})
+    model_config = examples({"text": "a dog catches a ball"}, {"image": _EXAMPLE_PICTURE}, {"video": _EXAMPLE_PART})
 
     text: Question | None = None
 
@@ -300,7 +301,7 @@ class QueryInput(_OneMedium):
 class RetrieveFields(RequestModel):
     """A search without its query: the field `request` of a multipart form, whose file part is `image` or `video`."""
 
-    model_config = _examples({"gallery": "clips", "k": 5})
+    model_config = examples({"gallery": "clips", "k": 5})
 
     gallery: Reference
     k: int = Field(default=DEFAULT_K, ge=1, description="How many hits; above the gallery's size, all of it.")
@@ -324,7 +325,7 @@ class RetrieveFields(RequestModel):
 class RetrieveRequest(RetrieveFields):
     """Search a gallery by a sentence, a picture or a clip."""
 
-    model_config = _examples(
+    model_config = examples(
         {"gallery": "clips", "query": {"text": "a dog catches a ball"}, "k": 5, "rerank": "frames"},
         {"gallery": "clips", "query": {"image": _EXAMPLE_PICTURE}, "k": 5},
     )
@@ -335,7 +336,7 @@ class RetrieveRequest(RetrieveFields):
 class FrameWeightReply(Model):
     """How much a frame counted for this query."""
 
-    model_config = _examples({"time_s": 1.5, "weight": 0.62})
+    model_config = examples({"time_s": 1.5, "weight": 0.62})
 
     time_s: float = Field(description="When it is shown, from the clip's start.")
     weight: float = Field(description="The weights of a clip's frames sum to 1.")
@@ -344,7 +345,7 @@ class FrameWeightReply(Model):
 class HitReply(Model):
     """One item found."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "id": "beach/017.mp4",
             "score": 0.47,
@@ -389,7 +390,7 @@ def item_path(gallery: str, item: str, what: Literal["thumbnail", "media"], vers
 class RetrieveReply(Model):
     """What was found, best first."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "gallery": "clips",
             "gallery_version": 3,
@@ -435,7 +436,7 @@ Tier = Literal["device", "host", "disk"]
 class AdapterVersionReply(Model):
     """One version of an adapter. Versions never change; aliases move."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "version": 3,
             "status": "ready",
@@ -481,7 +482,7 @@ class AdapterVersionReply(Model):
 class AdapterDetails(Model):
     """A registered adapter: its versions, and which of them each alias means."""
 
-    model_config = _examples({"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3, "canary": 4}, "versions": []})
+    model_config = examples({"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3, "canary": 4}, "versions": []})
 
     name: str
     tasks: list[str] = Field(description="Tasks of the versions that have an alias; of all where none has.")
@@ -505,7 +506,7 @@ class AdapterDetails(Model):
 class AdaptersReply(Model):
     """All registered adapters."""
 
-    model_config = _examples({"adapters": [{"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3}, "versions": []}]})
+    model_config = examples({"adapters": [{"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3}, "versions": []}]})
 
     adapters: list[AdapterDetails]
 
@@ -516,7 +517,7 @@ class AdaptersReply(Model):
 class GalleryDetails(Model):
     """A gallery and the version of it that is searched."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "name": "clips",
             "kind": "video",
@@ -550,7 +551,7 @@ class GalleryDetails(Model):
 class GalleriesReply(Model):
     """All galleries that can be searched."""
 
-    model_config = _examples({"galleries": []})
+    model_config = examples({"galleries": []})
 
     galleries: list[GalleryDetails]
 
@@ -558,7 +559,7 @@ class GalleriesReply(Model):
 class ItemReply(Model):
     """One item of a gallery."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "id": "beach/017.mp4",
             "metadata": {"place": "beach"},
@@ -582,7 +583,7 @@ class ItemReply(Model):
 class ItemsReply(Model):
     """One page of a gallery's items."""
 
-    model_config = _examples({"gallery": "clips", "version": 3, "num_items": 96, "items": [], "next_page": "v3.50"})
+    model_config = examples({"gallery": "clips", "version": 3, "num_items": 96, "items": [], "next_page": "v3.50"})
 
     gallery: str
     version: int
@@ -597,7 +598,7 @@ class ItemsReply(Model):
 class LiveReply(Model):
     """The process answers."""
 
-    model_config = _examples({"status": "live"})
+    model_config = examples({"status": "live"})
 
     status: Literal["live"] = "live"
 
@@ -605,7 +606,7 @@ class LiveReply(Model):
 class ReadyReply(BaseModel):
     """The server takes requests. Fields beside these tell operators what is loaded."""
 
-    model_config = ConfigDict(extra="allow", **_examples({"ready": True, "reasons": []}))
+    model_config = ConfigDict(extra="allow", **examples({"ready": True, "reasons": []}))
 
     ready: bool
     reasons: list[str]
@@ -614,7 +615,7 @@ class ReadyReply(BaseModel):
 class ErrorBody(Model):
     """What went wrong."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "code": "adapter_not_found",
             "message": "no adapter 'vqq'; did you mean 'vqa'?",
@@ -632,7 +633,7 @@ class ErrorBody(Model):
 class ErrorReply(Model):
     """The body of every error."""
 
-    model_config = _examples(
+    model_config = examples(
         {
             "error": {
                 "code": "invalid_request",

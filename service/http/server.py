@@ -10,6 +10,7 @@ import uvicorn
 
 from adapters.errors import AdapterBankError
 from service.config import Settings
+from service.http.access import open_keychain
 from service.http.app import create_app
 from service.runtime import Runtime
 
@@ -37,13 +38,14 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and stop.
 
     `announce` is called with the URL and settings once requests are answered.
-    Raises: RefusedBind for a public address without `allow_public`, and for a port that is taken; whatever keeps the
-    backbone, the registry or the media workers from starting.
+    Raises: RefusedBind for a public address without keys or `allow_public`, and for a port that is taken; InvalidKeys;
+    whatever keeps the backbone, the registry or the media workers from starting.
     """
-    if not is_loopback(settings.host) and not settings.allow_public:
+    has_keys = open_keychain(settings) is not None
+    if not (has_keys or settings.allow_public or is_loopback(settings.host)):
         raise RefusedBind(
-            f"{settings.host} is reachable from other machines and there are no API keys; bind to 127.0.0.1 behind a "
-            "proxy that authenticates, or say --allow-public",
+            f"{settings.host} is reachable from other machines and there are no API keys: make some (adapter-bank key new) and "
+            "name their file in BANK_API_KEYS_FILE, bind to 127.0.0.1, or say --allow-public",
             param="host",
         )
     listener = _listen(settings)

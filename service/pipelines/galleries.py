@@ -1,6 +1,8 @@
 """Galleries as requests and builds meet them: the live version by name, its media, its embedding key; building one."""
 
 import asyncio
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast, get_args
@@ -9,10 +11,22 @@ import numpy as np
 from pydantic import JsonValue
 from torch import Tensor
 
-from adapters.config import BASE_ADAPTER
+from adapters.config import BASE_ADAPTER, check_name
 from adapters.errors import AdapterBankError, NotFound
-from adapters.registry import GalleryRecord, Registry
-from service.errors import BadMedia, BadQuery, DeadlineExceeded, GalleryNotFound, NotReady, Overloaded
+from adapters.registry import GalleryRecord, Registry, Snapshot
+from adapters.registry.rules import check_still
+from service.auth import Principal
+from service.errors import (
+    BadMedia,
+    BadQuery,
+    DeadlineExceeded,
+    Forbidden,
+    GalleryNotFound,
+    InsufficientRoom,
+    MissingMedia,
+    NotReady,
+    Overloaded,
+)
 from service.gallery.build import EmbeddedItem, GalleryBuild
 from service.gallery.frames import DEFAULT_TAU, Pooling
 from service.gallery.index import IndexKind
@@ -24,6 +38,8 @@ from service.pipelines.stages import Medium, StageRunner, preprocessing_of, text
 from service.types import MediaKind, RequestContext
 
 BUILD_CONCURRENCY = 8
+MAX_MISSING_SHARE = 0.01  # of a gallery's items that may be lost when it is embedded anew
+ROOM_FACTOR = 1.2
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,38 +77,71 @@ class BuildProgress:
 class Galleries:
     """The galleries of one service."""
 
-    def __init__(self, store: GalleryStore, registry: Registry, loader: Loader, stages: StageRunner) -> None:
+    def __init__(
+        self,
+        store: GalleryStore,
+        registry: Registry,
+        loader: Loader,
+        stages: StageRunner,
+        *,
+        rollback_window_s: float = 0.0,
+    ) -> None:
+        """`rollback_window_s`: how long after an alias moved its galleries are kept ready for a rollback."""
         self.store = store
+        self._rollback_window_s = rollback_window_s
         self._registry = registry
         self._loader = loader
         self._stages = stages
 
     # --- reading -----------------------------------------------------------------------------------------
 
-    async def live(self, name: str) -> tuple[GalleryRecord, Gallery]:
+    async def live(self, name: str, principal: Principal) -> tuple[GalleryRecord, Gallery]:
         """The live version of a gallery, open. A name nobody knows makes the loader look at the registry once more.
 
-        Raises: GalleryNotFound listing the galleries there are.
+        Raises: GalleryNotFound listing the galleries that the principal may see, Forbidden.
         """
-        try:
-            record = self._loader.snapshot.gallery(name)
-        except NotFound:
-            await self._loader.refresh()
-            try:
-                record = self._loader.snapshot.gallery(name)
-            except NotFound as error:
-                raise GalleryNotFound(error.message, param="gallery") from error
-        gallery = await self.version(name, record.version)
+        record = await self._record(name, None, principal)
+        gallery = await self.version(name, record.version, principal)
         self._stages.metrics.gallery_items.labels(name).set(len(gallery))
         return record, gallery
 
-    async def version(self, name: str, version: int) -> Gallery:
-        """One version, open."""
-        return await asyncio.to_thread(self.store.open, name, version)
+    async def version(self, name: str, version: int, principal: Principal) -> Gallery:
+        """One version, open. Raises: GalleryNotFound, Forbidden when it belongs to an adapter that may not be used."""
+        if not principal.sees_all:  # before the folder is looked at, whose errors list everything
+            await self._record(name, version, principal)
+        gallery = await asyncio.to_thread(self.store.open, name, version)
+        if not principal.allows(gallery.manifest.adapter.name):
+            raise _forbidden(name)
+        return gallery
 
-    async def medium(self, name: str, item_id: str) -> Medium:
-        """The picture or clip behind a gallery's item. Raises: GalleryNotFound, MissingMedia, BadQuery for a text."""
-        _, gallery = await self.live(name)
+    async def versions(self, name: str, principal: Principal) -> list[int]:
+        """The numbers of the versions that can be opened. Raises: GalleryNotFound."""
+        numbers = await asyncio.to_thread(self.store.versions, name)
+        if principal.sees_all:
+            return numbers
+        seen = {record.version for record in self._loader.view(principal).gallery_versions.get(name, ())}
+        return [number for number in numbers if number in seen]
+
+    async def _record(self, name: str, version: int | None, principal: Principal) -> GalleryRecord:
+        """What the registry knows of a version, by default the live one; it is looked at once more for what is new."""
+        try:
+            return self._find(name, version, principal)
+        except (GalleryNotFound, Forbidden):
+            await self._loader.refresh()
+            return self._find(name, version, principal)
+
+    def _find(self, name: str, version: int | None, principal: Principal) -> GalleryRecord:
+        """Raises: GalleryNotFound, Forbidden; neither names what is hidden."""
+        try:
+            return self._loader.view(principal).gallery(name, version)
+        except NotFound as error:
+            if _has_gallery(self._loader.snapshot, name, version):
+                raise _forbidden(name) from None
+            raise GalleryNotFound(error.message, param="gallery") from error
+
+    async def medium(self, name: str, item_id: str, principal: Principal) -> Medium:
+        """The picture or clip behind a gallery's item. Raises: GalleryNotFound, Forbidden, MissingMedia, BadQuery for a text."""
+        _, gallery = await self.live(name, principal)
         return await self.medium_at(gallery, gallery.position_of(item_id))
 
     async def medium_at(self, gallery: Gallery, position: int) -> Medium:
@@ -133,17 +182,86 @@ class Galleries:
     ) -> GalleryRecord:
         """Embed sources with an adapter, write a version, make it live. Goes on where an earlier attempt stopped.
 
+        The gallery follows the alias the adapter was named by. Versions of the adapter that a rollback or a canary may
+        need get the same content, so that neither loses an item.
         A source that cannot be decoded is quarantined and the build goes on.
-        Raises: BadQuery for an adapter that does not retrieve, GalleryBusy, ConversionError when nothing is left.
+        Raises: BadQuery for an adapter that does not retrieve, Forbidden for an adapter that may not be used and for a
+        gallery that belongs to one, GalleryBusy, Conflict when a rollout embeds the gallery at the same time,
+        ConversionError when nothing is left.
         """
-        async with self._loader.pin(adapter) as pin:
-            if pin.config is not None and pin.config.task != "retrieval":
-                raise BadQuery(f"{pin.info.name} was made for {pin.config.task}, not for retrieval", param="adapter")
-            self._stages.backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
-            plan = self._plan(name, pin, options)
-            with await asyncio.to_thread(self.store.build, plan, sources) as build:
-                await self._embed_all(build, pin, len(sources), context, report)
-                return await to_thread_whole(self._publish, build, pin)
+        await self._loader.refresh()
+        self._check_takeover(name, context.principal)
+        check_still(self._loader.snapshot, name)
+        live = self._loader.snapshot.live_version(check_name(name, param="gallery"))
+        async with self._loader.pin(adapter, context.principal) as pin:
+            record = await self._embed_version(name, pin, sources, options, context, report, content=None)
+            follows = None if pin.info.alias is None else f"{pin.info.name}@{pin.info.alias}"
+            others = standby_versions(self._loader.snapshot, follows, self._registry.now() - self._rollback_window_s)
+        for reference in others:
+            async with self._loader.pin(reference, context.principal) as pin:
+                await self._embed_version(name, pin, sources, options, context, None, content=record.content)
+        went_live = await asyncio.to_thread(
+            self._registry.set_live_gallery, name, record.version, expect=live, follows=follows
+        )
+        assert went_live is not None
+        return went_live
+
+    async def rebuild(
+        self,
+        name: str,
+        version: int,
+        adapter: str,
+        context: RequestContext,
+        report: Callable[[BuildProgress], None] | None = None,
+    ) -> GalleryRecord:
+        """Embed the content of a version anew, with another adapter. The new version is ready, and not live.
+
+        Raises: as `build`; MissingMedia when more than MAX_MISSING_SHARE of the items are gone, InsufficientRoom.
+        """
+        gallery = await self.version(name, version, context.principal)
+        await asyncio.to_thread(check_room, gallery)
+        manifest = gallery.manifest
+        options = BuildOptions(manifest.kind, manifest.pooling, manifest.tau, manifest.index, manifest.copy_media)
+        sources = await asyncio.to_thread(gallery.sources)
+        record = self._loader.snapshot.gallery(name, version)
+        limit = int(MAX_MISSING_SHARE * len(sources))
+        async with self._loader.pin(adapter, context.principal) as pin:
+            return await self._embed_version(
+                name, pin, sources, options, context, report, content=record.content, max_quarantined=limit
+            )
+
+    async def _embed_version(
+        self,
+        name: str,
+        pin: Pin,
+        sources: list[Source],
+        options: BuildOptions,
+        context: RequestContext,
+        report: Callable[[BuildProgress], None] | None,
+        *,
+        content: int | None,
+        max_quarantined: int | None = None,
+    ) -> GalleryRecord:
+        """A new version, ready. Raises: MissingMedia when more sources than allowed cannot be embedded."""
+        if pin.config is not None and pin.config.task != "retrieval":
+            raise BadQuery(f"{pin.info.name} was made for {pin.config.task}, not for retrieval", param="adapter")
+        self._stages.backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
+        plan = self._plan(name, pin, options)
+        with await asyncio.to_thread(self.store.build, plan, sources) as build:
+            await self._embed_all(build, pin, len(sources), context, report)
+            if max_quarantined is not None and build.num_quarantined > max_quarantined:
+                raise MissingMedia(
+                    f"{build.num_quarantined} of {len(sources)} items of gallery {name!r} cannot be embedded any more; "
+                    f"at most {max_quarantined} may be left out",
+                    param="gallery",
+                )
+            return await to_thread_whole(self._publish, build, pin, content)
+
+    def _check_takeover(self, name: str, principal: Principal) -> None:
+        """Nobody puts a version of their own in the place of one they may not see. Raises: Forbidden."""
+        versions = self._loader.snapshot.gallery_versions.get(name, ())
+        if len(versions) > len(self._loader.view(principal).gallery_versions.get(name, ())):
+            raise _forbidden(name)
 
     def _plan(self, name: str, pin: Pin, options: BuildOptions) -> GalleryPlan:
         is_base = pin.digest == BASE_ADAPTER
@@ -162,8 +280,8 @@ class Galleries:
             copy_media=options.copy_media,
         )
 
-    def _publish(self, build: GalleryBuild, pin: Pin) -> GalleryRecord:
-        """Take a number from the registry, write that version, make it live. A crash in between costs a number, no more."""
+    def _publish(self, build: GalleryBuild, pin: Pin, content: int | None) -> GalleryRecord:
+        """Take a number from the registry and write that version. A crash in between costs a number, no more."""
         plan, registry = build.plan, self._registry
         record = registry.add_gallery_version(
             plan.name,
@@ -171,6 +289,7 @@ class Galleries:
             adapter=pin.digest,
             adapter_name=None if pin.digest == BASE_ADAPTER else pin.info.name,
             adapter_version=pin.info.version,
+            content=content,
             status="building",
         )
         try:
@@ -180,11 +299,7 @@ class Galleries:
                 plan.name, record.version, "deleted", reason=f"it could not be written: {error}"
             )
             raise
-        registry.set_gallery_status(plan.name, record.version, "ready")
-        follows = None if pin.info.alias is None else f"{pin.info.name}@{pin.info.alias}"
-        live = registry.set_live_gallery(plan.name, record.version, follows=follows)
-        assert live is not None
-        return live
+        return registry.set_gallery_status(plan.name, record.version, "ready")
 
     async def _embed_all(
         self,
@@ -251,6 +366,52 @@ class Galleries:
         times = seen.times_s if kind == "video" else ()
         return EmbeddedItem(
             source.id, frames=frames, frame_times_s=times, duration_s=seen.duration_s, thumbnail=thumbnail
+        )
+
+
+def _has_gallery(snapshot: Snapshot, name: str, version: int | None) -> bool:
+    try:
+        snapshot.gallery(name, version)
+    except NotFound:
+        return False
+    return True
+
+
+def _forbidden(name: str) -> Forbidden:
+    return Forbidden(f"this key may not use the gallery {name!r}", reason="pattern", param="gallery")
+
+
+def standby_versions(snapshot: Snapshot, follows: str | None, since: float) -> list[str]:
+    """References of the other versions a follower of this alias may be searched with: a canary, and what it named before.
+
+    The latter only where the alias moved after `since`, seconds since 1970.
+    """
+    if follows is None:
+        return []
+    name, _, alias = follows.partition("@")
+    record = snapshot.alias(name, alias)
+    if record is None:
+        return []
+    before = record.history[-1:] if record.updated_at >= since else ()
+    numbers = [*before, *([record.canary.version] if record.canary else [])]
+    digest = snapshot.version(name, record.version).weights_digest
+    versions = [snapshot.version(name, number) for number in dict.fromkeys(numbers) if number != record.version]
+    return [str(v.reference) for v in versions if v.status == "ready" and v.weights_digest != digest]
+
+
+def check_room(gallery: Gallery) -> None:
+    """Refuse to make a second version of a gallery where there is no room for it. Raises: InsufficientRoom."""
+    num_bytes = sum(path.stat().st_size for path in gallery.path.rglob("*") if path.is_file())
+    free_disk = shutil.disk_usage(gallery.path).free
+    if free_disk < ROOM_FACTOR * num_bytes:
+        raise InsufficientRoom(
+            f"a second version of {gallery.manifest.name!r} takes {num_bytes:,} bytes of disk; {free_disk:,} are free"
+        )
+    in_memory = gallery.vectors.nbytes + gallery.frames.nbytes
+    free_memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free_memory < ROOM_FACTOR * in_memory:
+        raise InsufficientRoom(
+            f"a second version of {gallery.manifest.name!r} takes {in_memory:,} bytes of memory; {free_memory:,} are free"
         )
 
 

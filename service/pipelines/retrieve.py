@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from adapters.config import BASE_ADAPTER
-from adapters.families.uniadapter import FRAME_TEMPERATURE, options_of
+from adapters.families.uniadapter import FRAME_TEMPERATURE
 from adapters.registry import GalleryRecord
 from service.admission import Admission
 from service.backbone.cost import text_cost, tokens_per_frame, vision_cost
@@ -30,10 +29,12 @@ from service.pipelines.stages import (
     Medium,
     Seen,
     StageRunner,
+    frame_similarities,
     gather_or_cancel,
     preprocessing_of,
     text_limit,
     tokenize_within,
+    weighs_frames,
     within_deadline,
 )
 from service.types import (
@@ -134,15 +135,15 @@ class RetrievePipeline:
     async def search(self, query: RetrieveQuery, context: RequestContext) -> RetrieveAnswer:
         """Search a gallery.
 
-        Raises: GalleryNotFound, IndexStale when the adapter is not the one the gallery was embedded with, BadQuery,
+        Raises: GalleryNotFound, Forbidden, IndexStale when the adapter is not the one the gallery was embedded with, BadQuery,
         BadMedia, MissingMedia, MissingPart, Overloaded, DeadlineExceeded.
         """
         async with within_deadline(context):
-            record, gallery = await self._galleries.live(query.gallery)
+            record, gallery = await self._galleries.live(query.gallery, context.principal)
             depth = self._depth(query, gallery)
-            async with self._loader.pin(self._reference(query, record)) as pin:
+            async with self._loader.pin(self._reference(query, record), context.principal) as pin:
                 self._check_key(pin, record, gallery, query)
-                medium = await self._medium(query)
+                medium = await self._medium(query, context)
                 with self._admission.permit(self._cost(query, gallery, pin, depth)):
                     return await self._search(query, record, gallery, pin, depth, medium, context)
 
@@ -183,14 +184,14 @@ class RetrievePipeline:
             param="adapter",
         )
 
-    async def _medium(self, query: RetrieveQuery) -> Medium | None:
+    async def _medium(self, query: RetrieveQuery, context: RequestContext) -> Medium | None:
         match query.query:
             case TextQuery():
                 return None
             case MediaBytes(kind, data):
                 return Medium(kind, data)
             case GalleryMedia(gallery, item):
-                return await self._galleries.medium(gallery, item)
+                return await self._galleries.medium(gallery, item, context.principal)
 
     def _cost(self, query: RetrieveQuery, gallery: Gallery, pin: Pin, depth: int) -> float:
         """Estimated operations; candidates whose states are cached turn out cheaper."""
@@ -298,8 +299,9 @@ class RetrievePipeline:
             seen = await gather_or_cancel([self._stages.see(medium, pin, context) for medium in media])
             ids = (encoded.ids,) * len(positions)
             vectors = np.repeat(encoded.vector[None], len(positions), axis=0)
+        weighs = weighs_frames(pin.config)
         similarities = [
-            _frame_similarities(one, vector) if _weighs_frames(pin) else None
+            frame_similarities(one.output.frames, torch.from_numpy(np.array(vector, np.float32))) if weighs else None
             for one, vector in zip(seen, vectors, strict=True)
         ]
         pairs = MatchInput(ids, tuple(one.output.states for one in seen), tuple(similarities))
@@ -339,16 +341,6 @@ def _hits(gallery: Gallery, candidates: Candidates) -> list[Hit]:
             )
         )
     return hits
-
-
-def _weighs_frames(pin: Pin) -> bool:
-    return pin.config is not None and pin.config.family == "uniadapter" and options_of(pin.config).frame_aware_attention
-
-
-def _frame_similarities(seen: Seen, vector: Floats) -> torch.Tensor:
-    """Cosines [F] of a text's unit vector with a medium's frames."""
-    assert seen.output.frames is not None
-    return functional.normalize(seen.output.frames, dim=-1) @ torch.from_numpy(np.array(vector, np.float32))
 
 
 def _softmax(similarity: torch.Tensor) -> Floats:

@@ -5,6 +5,7 @@ Also what every pipeline shares: deadlines, media, questions within their limits
 
 import asyncio
 import hashlib
+import itertools
 import re
 import threading
 import time
@@ -17,8 +18,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from adapters.config import AdapterConfig, Preprocessing
+from adapters.families.uniadapter import options_of
 from service.backbone.base import Backbone
 from service.backbone.cost import decode_cost, text_cost, tokens_per_frame, vision_cost
 from service.engine import Engine
@@ -48,7 +51,9 @@ from service.types import (
 
 T = TypeVar("T")
 
+MAX_DECODING = 128  # media of admitted requests that the workers know of at once; below what they refuse
 MAX_TEXT_CHARS = 20_000  # above this a text is counted in words, not tokenised
+_lone_shapes = itertools.count()
 
 
 @asynccontextmanager
@@ -71,6 +76,17 @@ def text_limit(config: AdapterConfig | None, backbone: Backbone) -> int:
     wanted = config.max_text_tokens if config is not None else backbone.manifest.max_text_tokens
     stack = backbone.config.text_encoder
     return wanted if stack is None else min(wanted, stack.max_positions)
+
+
+def weighs_frames(config: AdapterConfig | None) -> bool:
+    """Whether the adapter weighs frames by their likeness to the text when a pair is matched."""
+    return config is not None and config.family == "uniadapter" and options_of(config).frame_aware_attention
+
+
+def frame_similarities(frames: Tensor | None, vector: Tensor) -> Tensor:
+    """Cosines [F] of a text's unit vector [E] with the frames' features [F, E]."""
+    assert frames is not None, "the pipeline required projections. This is a bug."
+    return functional.normalize(frames, dim=-1) @ vector
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,8 @@ class StageRunner:
         self.media = media
         self.metrics = metrics
         self._features = FeatureCache(feature_cache_bytes)
+        # Who was admitted waits for a worker and is not refused: one `match` may look at hundreds of media.
+        self._decoding = asyncio.Semaphore(MAX_DECODING)
 
     async def see(self, medium: Medium, pin: Pin, context: RequestContext) -> Seen:
         """Decode a medium and run the vision tower over it."""
@@ -183,11 +201,17 @@ class StageRunner:
     ) -> tuple[Tensor, tuple[float, ...], float | None]:
         prep = PixelPreprocessing(preprocessing.resolution, preprocessing.mean, preprocessing.std)
         with self.metrics.stage("decode", context):
-            if medium.kind == "image":
-                picture = await self.media.image(medium.source, prep)
-                return torch.from_numpy(picture)[None], (0.0,), None
-            clip = await self.media.video(medium.source, prep, preprocessing.num_frames)
-            return torch.from_numpy(clip.frames), clip.times_s, clip.duration_s
+            async with self._decoding:
+                return await self._decoded(medium, prep, preprocessing.num_frames)
+
+    async def _decoded(
+        self, medium: Medium, prep: PixelPreprocessing, num_frames: int
+    ) -> tuple[Tensor, tuple[float, ...], float | None]:
+        if medium.kind == "image":
+            picture = await self.media.image(medium.source, prep)
+            return torch.from_numpy(picture)[None], (0.0,), None
+        clip = await self.media.video(medium.source, prep, num_frames)
+        return torch.from_numpy(clip.frames), clip.times_s, clip.duration_s
 
     async def vision(self, pixels: Tensor, pin: Pin, context: RequestContext) -> VisionOutput:
         """pixels [F, 3, R, R] -> states [F, P, D] and frame features."""
@@ -248,7 +272,7 @@ class StageRunner:
             stage=stage,
             adapter=pin.digest,
             inputs=inputs,
-            shape=shape,
+            shape=(*shape, next(_lone_shapes)) if context.alone else shape,
             rows=rows,
             tokens=tokens,
             cost=cost,

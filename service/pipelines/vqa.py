@@ -55,10 +55,10 @@ class VqaPipeline:
     async def answer(self, query: VqaQuery, context: RequestContext) -> VqaAnswer:
         """Answer one question.
 
-        Raises: AdapterNotFound, BadQuery, BadMedia, MissingPart, Overloaded, TooLarge, DeadlineExceeded and what
+        Raises: AdapterNotFound, Forbidden, BadQuery, BadMedia, MissingPart, Overloaded, TooLarge, DeadlineExceeded and what
         loading an adapter can raise.
         """
-        async with within_deadline(context), self._loader.pin(query.adapter) as pin:
+        async with within_deadline(context), self._loader.pin(query.adapter, context.principal) as pin:
             return await self._answer(query, pin, context)
 
     async def _answer(self, query: VqaQuery, pin: Pin, context: RequestContext) -> VqaAnswer:
@@ -73,7 +73,7 @@ class VqaPipeline:
         texts: Sequence[str] = ()
         if isinstance(query.decode, RankDecode):
             candidates, texts = await asyncio.to_thread(self._candidates, query.decode, decoding, pin)
-        medium = await self._medium(query.media)
+        medium = await self._medium(query.media, context)
         cost = self._cost(query, pin, len(question.ids), candidates)
         with self._admission.permit(cost):
             seen = await self._stages.see(medium, pin, context)
@@ -96,12 +96,12 @@ class VqaPipeline:
         options = [Alternative(self._stages.backbone.detokenize(h.ids), h.score) for h in hypotheses]
         return VqaAnswer(options[0].answer, options[0].score, None, tuple(options[1:]), pin.info, warnings)
 
-    async def _medium(self, media: MediaSource) -> Medium:
+    async def _medium(self, media: MediaSource, context: RequestContext) -> Medium:
         match media:
             case MediaBytes(kind, data):
                 return Medium(kind, data)
             case GalleryMedia(gallery, item):
-                return await self._galleries.medium(gallery, item)
+                return await self._galleries.medium(gallery, item, context.principal)
 
     def _lengths(self, decode: GenerateDecode, decoding: AnswerDecoding) -> tuple[int, int]:
         """Beams, and the length with [DEC]. Raises: BadQuery when the decoder has no such positions."""

@@ -1,6 +1,6 @@
 """One training run, from a manifest to a package.
 
-    read_examples -> check (every file decoded once) -> batches, one ahead -> fit -> write_package
+    read_examples -> check (every file decoded once) -> batches, one ahead -> fit -> write_probed_package
 
 Which examples a step sees follows from the seed and the step alone, so a run that was stopped goes on, from its
 checkpoint, to the very parameters it would have had.
@@ -18,13 +18,14 @@ from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preproce
 from adapters.errors import Conflict, ConversionError
 from adapters.families.base import HEADS
 from adapters.families.uniadapter import UniAdapterOptions
-from adapters.package import Package, write_package
+from adapters.package import Package
 from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
 from adapters.training.loop import FitOptions, Objective, Progress, fit
 from adapters.training.objectives import RetrievalSettings
 from service.backbone.base import TASK_PARTS, Backbone, load_backbone
 from service.config import MIB, InvalidSettings
 from service.errors import BadMedia
+from service.lifecycle.writing import write_probed_package
 from service.media import MediaLimits, MediaWorkers
 from service.train.batches import Ahead, Batches, Plan
 from service.train.examples import Example, Examples, read_examples, text_limit
@@ -49,7 +50,8 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     """Fine-tune and write the package, telling `say` what happens; goes on where an earlier attempt stopped.
 
     Raises: ConversionError for the manifest, BadMedia when too many of its files cannot be used, MissingPart, Conflict for
-    a package that is there already, InvalidSettings; what `fit` raises.
+    a package that is there already, InvalidSettings; ProbeFailed when a tuned part came out as one that does nothing; what
+    `fit` raises.
     """
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise Conflict(f"{options.out} exists and is not an empty folder", param="out")
@@ -78,7 +80,7 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
             raise
     config = config.model_copy(update={"provenance": _provenance(options, examples, quarantine)})
     card = model_card(options, config, tuned, len(usable), losses)
-    package = write_package(options.out, config, adapter.package_tensors(), card, None)
+    package = write_probed_package(options.out, config, adapter.package_tensors(), card, backbone)
     say(f"wrote {options.out}: {options.task}, rank {options.rank}, {package.weights_digest}")
     return package
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from service.auth import KeyEntry, digest_of, new_key
 from tests.service.http.serving import serving_tiny
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
@@ -18,8 +19,10 @@ def locust(url: str, **variables: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_users_find_adapters_and_galleries_and_report_the_server_s_stages(tmp_path: Path) -> None:
-    with serving_tiny(tmp_path) as serving:
-        run = locust(serving.url, LOADTEST_RATE="20", LOADTEST_MEDIA=str(tmp_path / "media"))
+    key = new_key()
+    entry = KeyEntry(id="load", sha256=digest_of(key), scopes=("infer",))
+    with serving_tiny(tmp_path, api_keys=json.dumps([entry.document()])) as serving:
+        run = locust(serving.url, LOADTEST_RATE="20", LOADTEST_MEDIA=str(tmp_path / "media"), LOADTEST_API_KEY=key)
     assert run.returncode == 0, run.stderr
     rows = {(row["method"], row["name"]): row for row in json.loads(run.stdout)}
     for path in ("/v1/vqa", "/v1/retrieve"):

@@ -25,6 +25,7 @@ from adapters.families.uniadapter import options_of
 from adapters.importers.uniadapter import ImportedAdapter, import_uniadapter
 from adapters.package import Package, write_package
 from adapters.registry import PackageInfo, open_registry
+from service.auth import LOCAL
 from service.backbone import convert
 from service.backbone.base import Backbone, load_backbone, write_backbone
 from service.backbone.config import SpecialIds
@@ -264,7 +265,7 @@ async def _serve(case: Case, folder: Path) -> Served:
         async with AsyncExitStack() as stack:
 
             async def pin(name: str) -> Pin:
-                return await stack.enter_async_context(loader.pin(name))
+                return await stack.enter_async_context(loader.pin(name, LOCAL))
 
             rows = {}
             for variant in sorted(variants, key=lambda v: v.name):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.config import BASE_ADAPTER
-from adapters.errors import AdapterNotFound, NonFiniteTensor, RankTooLarge
+from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families.base import Site
 from adapters.package import Package
 from service.backbone.base import Backbone, load_backbone
@@ -163,6 +163,46 @@ def test_threads_that_put_hold_and_release_end_at_zero(backbone: Backbone, adapt
     assert not problems
     assert holders(bank) == 0
     assert bank._host_used == sum(bank.residency()["host"].values()) <= 2 * adapters[1].num_bytes
+
+
+def test_what_nobody_holds_is_unloaded_from_every_tier_and_its_slot_is_the_next_to_be_filled(
+    backbone: Backbone, adapters: list[HostAdapter]
+) -> None:
+    bank = make_bank(backbone, ((4, 2),))
+    put_all(bank, adapters[:3])
+    for adapter in adapters[:2]:
+        bank.lease(adapter.digest).release()
+    first = adapters[0]
+    device_bytes = bank.residency()["device"][first.digest]
+    assert bank.unload(first.digest) == {"device": device_bytes, "host": first.num_bytes}
+    assert bank.unload(first.digest) == {"device": 0, "host": 0}
+    assert first.digest not in bank.residency()["device"] and first.digest not in bank.residency()["host"]
+    bank.lease(adapters[2].digest).release()
+    assert set(bank.residency()["device"]) == {adapters[1].digest, adapters[2].digest}
+    bank.put(first)
+    bank.lease(first.digest).release()
+    assert first.digest in bank.residency()["device"]
+
+
+def test_what_was_unloaded_is_forgotten_when_its_slot_is_filled_anew(
+    backbone: Backbone, adapters: list[HostAdapter]
+) -> None:
+    bank = make_bank(backbone, ((4, 1),))
+    for adapter in adapters[1:4] * 5:
+        bank.put(adapter)
+        bank.lease(adapter.digest).release()
+        bank.unload(adapter.digest)
+    assert bank._unwanted == {adapters[3].digest}
+
+
+def test_what_is_held_is_not_unloaded(backbone: Backbone, adapters: list[HostAdapter]) -> None:
+    bank = make_bank(backbone)
+    bank.put(adapters[0], hold=True)
+    with pytest.raises(Conflict, match="in use by 1 requests"):
+        bank.unload(adapters[0].digest)
+    assert bank.num_holders(adapters[0].digest) == 1
+    bank.release(adapters[0].digest)
+    assert bank.unload(adapters[0].digest)["host"] == adapters[0].num_bytes
 
 
 # --- slots ---------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The command line as a user types it: every command in a process of its own."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = home / "package"
     run("import", "uniadapter", checkpoint, "--backbone", backbone, "--out", package, home=home)
     pushed = run("push", package, "--name", "pictures", "--json", home=home)
-    assert json.loads(pushed.stdout)["version"] == 1
+    assert json.loads(pushed.stdout)["status"] == "succeeded"
     return home
 
 
@@ -52,10 +55,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pushing_the_same_package_again_gives_the_same_version(home: Path) -> None:
     again = json.loads(run("push", home / "package", "--name", "pictures", "--json", home=home).stdout)
-    assert again["version"] == 1
-    listed = json.loads(run("adapters", "--json", home=home).stdout)
-    assert [(row["name"], row["version"], row["aliases"]) for row in listed] == [("pictures", 1, ["prod"])]
-    assert listed[0]["digest"] == again["digest"]
+    assert (again["status"], again["subject"]) == ("succeeded", "pictures@1")
+    (listed,) = json.loads(run("adapters", "--json", home=home).stdout)
+    assert (listed["name"], len(listed["versions"]), listed["aliases"]) == ("pictures", 1, {"prod": 1})
+
+
+def test_an_imported_package_has_a_probe_and_one_without_is_given_it(home: Path, tmp_path: Path) -> None:
+    probe = (home / "package" / "probe.safetensors").read_bytes()
+    shutil.copytree(home / "package", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "probe.safetensors").unlink()
+    backbone = home / "backbone"
+    copied = run("probe", tmp_path / "elsewhere", "--backbone", backbone, "--out", tmp_path / "copy", home=home)
+    assert copied.stdout.startswith(f"wrote {tmp_path / 'copy'}: ")
+    assert (tmp_path / "copy" / "probe.safetensors").read_bytes() == probe
+    assert not (tmp_path / "elsewhere" / "probe.safetensors").exists()
+    run("probe", tmp_path / "elsewhere", "--backbone", backbone, home=home)
+    assert (tmp_path / "elsewhere" / "probe.safetensors").read_bytes() == probe
 
 
 def test_importing_onto_another_backbone_is_refused(home: Path, tmp_path: Path) -> None:
@@ -124,6 +139,70 @@ def test_a_public_address_without_keys_is_refused(home: Path) -> None:
     refused = run("serve", "--host", "0.0.0.0", home=home, check=False)
     assert refused.returncode == 1
     assert "--allow-public" in refused.stderr
+
+
+def test_keys_are_made_listed_and_revoked(home: Path, tmp_path: Path) -> None:
+    printed = run(
+        "key", "new", "--id", "ci", "--scopes", "infer,deploy", "--adapters", "vqa*,team-a-*", home=home
+    ).stdout
+    key, _, entry = printed.partition("\n")
+    assert json.loads(entry) == {
+        "id": "ci",
+        "sha256": hashlib.sha256(key.encode()).hexdigest(),
+        "scopes": ["infer", "deploy"],
+        "adapters": ["vqa*", "team-a-*"],
+    }
+    file = tmp_path / "keys.json"
+    for name, *options in (("a",), ("b", "--expires", "2001-01-01T00:00:00Z")):
+        added = run("key", "new", "--id", name, "--scopes", "infer", *options, "--file", file, home=home).stdout
+        assert added.startswith("bank_") and added.count("\n") == 1  # the key alone, for scripts
+        assert added.strip() not in file.read_text()
+    listed = run("key", "list", "--file", file, home=home).stdout.splitlines()
+    assert listed == ["a  infer  *", "b  infer  *  until 2001-01-01T00:00:00Z  expired"]
+    assert run("key", "revoke", "a", "--file", file, home=home).stdout == "revoked a\n"
+    assert [row["id"] for row in json.loads(run("key", "list", "--file", file, "--json", home=home).stdout)] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("new", "--id", "ci", "--scopes", "infer,read"), "scopes.1"),
+        (("new", "--id", "Two Words", "--scopes", "infer"), "id"),
+        (("new", "--id", "ci", "--scopes", "infer", "--adapters", "VQA"), "adapters.0"),
+        (("new", "--id", "ci", "--scopes", "infer", "--expires", "tomorrow"), "expires"),
+        (("revoke", "x", "--file", "/nothing/keys.json"), "/nothing"),
+        (("list", "--file", "/nothing/keys.json"), "/nothing/keys.json"),
+    ],
+)
+def test_a_key_that_cannot_be_is_refused_in_one_line(home: Path, arguments: tuple[str, ...], named: str) -> None:
+    refused = run("key", *arguments, home=home, check=False)
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert named in refused.stderr
+
+
+@pytest.mark.parametrize("text", [None, "", "[{}]"])
+def test_a_server_whose_keys_cannot_be_read_does_not_start(home: Path, tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "keys.json"
+    if text is not None:
+        file.write_text(text)
+    refused = run("serve", "--port", "0", "--api-keys-file", file, home=home, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"error: {file}: ") and refused.stderr.count("\n") == 1
+
+
+def test_a_server_with_keys_answers_on_a_public_address_until_they_are_revoked(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = run("key", "new", "--id", "ci", "--scopes", "infer", "--file", file, home=home).stdout.strip()
+    with served(home, "--host", "0.0.0.0", "--api-keys-file", str(file)) as (_, url):
+        with httpx.Client(base_url=url.replace("0.0.0.0", "127.0.0.1"), timeout=60) as client:
+            assert client.get("/health/ready").json() == {"ready": True, "reasons": []}
+            assert client.get("/v1/adapters").status_code == 401
+            client.headers["Authorization"] = f"Bearer {key}"
+            assert client.get("/v1/adapters").status_code == 200
+            run("key", "revoke", "ci", "--file", file, home=home)
+            time.sleep(1.1)
+            assert client.get("/v1/adapters").status_code == 401
 
 
 def test_several_workers_are_refused_with_the_reason(home: Path) -> None:

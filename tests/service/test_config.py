@@ -61,6 +61,30 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
     assert Settings.load().port == 8000
 
 
+@pytest.mark.parametrize("name", ["BANK_API_KEYS", "BANK_API_KEYS_FILE"])
+def test_empty_keys_are_no_open_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for nothing in ("", " "):
+        monkeypatch.setenv(name, nothing)
+        with pytest.raises(InvalidSettings, match=f"^{name} is empty"):
+            Settings.load()
+
+
+def test_keys_come_from_one_place_and_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK_API_KEYS", '[{"id": "ci"}]')
+    assert Settings.load().api_keys == '[{"id": "ci"}]'
+    assert "ci" not in repr(Settings.load())
+    with pytest.raises(InvalidSettings, match="api_keys or api_keys_file, not both"):
+        Settings.load(api_keys_file=Path("keys.json"))
+
+
+def test_a_client_s_key_is_no_setting_and_no_list_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK_API_KEY", "bank_x")
+    assert Settings.load().api_keys is None
+    monkeypatch.setenv("BANK_API_KEY", '[{"id": "ci"}]')
+    with pytest.raises(InvalidSettings, match="BANK_API_KEYS"):
+        Settings.load()
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError):
         Settings.load().port = 1  # type: ignore[misc]
@@ -70,6 +94,7 @@ def test_settings_do_not_change() -> None:
 
 def test_the_home_is_expanded_and_holds_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
+    assert Settings.load(api_keys_file=Path("~/keys.json")).api_keys_file == Path("/home/somebody/keys.json")
     assert Settings.load().home == Path("/home/somebody/.adapter-bank")
     assert Settings.load().backbone_folder == Path("/home/somebody/.adapter-bank/backbone")
     assert Settings.load(backbone=Path("/models/blip")).backbone_folder == Path("/models/blip")

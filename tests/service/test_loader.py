@@ -23,9 +23,10 @@ from adapters.errors import (
 from adapters.registry import Registry, Snapshot
 from adapters.registry.registry import blank_revision
 from adapters.registry.sqlite import SqliteStore
+from service.auth import LOCAL, Principal
 from service.backbone.base import load_backbone
 from service.bank import AdapterBank, Buckets
-from service.errors import AdapterDamaged, NotReady
+from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.folders import HomeFolders
 from service.loader import Loader, Pin
 from service.metrics import Metrics
@@ -46,13 +47,13 @@ class Artifacts(LocalArtifactStore):
         self.has_begun = threading.Event()
         self.error: Exception | None = None
 
-    def path(self, digest: str) -> Path:
+    def read(self, digest: str) -> dict[str, bytes]:
         self.asked[digest] += 1
         self.has_begun.set()
         assert self.is_open.wait(WAIT_S)
         if self.error is not None:
             raise self.error
-        return super().path(digest)
+        return super().read(digest)
 
 
 class Watched(Registry):
@@ -83,8 +84,8 @@ class Bench:
     def num_loads(self) -> int:
         return sum(self.artifacts.asked.values())
 
-    async def pinned(self, reference: str, until: asyncio.Event | None = None) -> Pin:
-        async with self.loader.pin(reference) as pin:
+    async def pinned(self, reference: str, until: asyncio.Event | None = None, *, principal: Principal = LOCAL) -> Pin:
+        async with self.loader.pin(reference, principal) as pin:
             assert pin.digest == BASE_ADAPTER or self.bank.adapter(pin.digest)
             if until is not None:
                 await until.wait()
@@ -173,6 +174,57 @@ def test_what_was_pushed_a_moment_ago_is_found(run: Run) -> None:
     async def story(bench: Bench) -> None:
         bench.world.push("brand-new", seed=51)
         assert (await bench.pinned("brand-new")).info.version == 1
+
+    run(story)
+
+
+# --- for somebody --------------------------------------------------------------------------------------------
+
+SOMEBODY = Principal("x", frozenset({"infer"}), ("t*",))
+
+
+def test_a_digest_means_a_name_that_may_be_used(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        with pytest.raises(Forbidden, match="none of the adapters"):
+            await bench.pinned(bench.loader.snapshot.version("ask", 1).weights_digest, principal=SOMEBODY)
+        twin = bench.world.push("twin", seed=1)  # the weights of `ask`
+        assert (
+            await bench.pinned(twin.weights_digest, principal=SOMEBODY)
+        ).info.name == "twin"  # it was looked once more
+        assert (await bench.pinned(twin.weights_digest)).info.name == "ask"
+        assert (await bench.pinned("tell", principal=SOMEBODY)).info.name == "tell"
+
+    run(story)
+
+
+@pytest.mark.parametrize("reference", ["ask", "ask@1", "ask@7", "nobody", BASE_ADAPTER])
+def test_names_beyond_the_patterns_are_refused_without_looking(run: Run, reference: str) -> None:
+    async def story(bench: Bench) -> None:
+        looks = bench.registry.num_looks
+        with pytest.raises(Forbidden):
+            await bench.pinned(reference, principal=SOMEBODY)
+        assert bench.registry.num_looks == looks
+
+    assert run(story).num_loads() == 0
+
+
+def test_a_load_begun_under_a_hidden_name_fails_without_naming_it(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        bench.world.push("twin", seed=1)
+        await bench.loader.refresh()
+        bench.artifacts.delete(bench.loader.snapshot.version("ask", 1).package_digest)
+        bench.artifacts.is_open.clear()
+        first = asyncio.create_task(bench.pinned("ask"))
+        await asyncio.to_thread(bench.artifacts.has_begun.wait, WAIT_S)
+        second = asyncio.create_task(bench.pinned("twin", principal=SOMEBODY))
+        await asyncio.sleep(0.1)
+        bench.artifacts.is_open.set()
+        with pytest.raises(AdapterDamaged, match="twin@1") as caught:
+            await second
+        assert "ask" not in caught.value.message
+        with pytest.raises(AdapterDamaged, match="ask@1"):
+            await first
+        assert (await bench.pinned("twin", principal=SOMEBODY)).info.name == "twin"  # whose own files are whole
 
     run(story)
 

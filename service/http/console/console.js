@@ -11,22 +11,61 @@ function make(tag, properties = {}, ...children) {
 
 class ApiError extends Error {}
 
-/** {body, timing} of an API call. Throws ApiError with a message for people. */
-async function call(path, options) {
+// --- The key, for servers that want one: sent as a header, kept until the tab is closed ------------------------------
+
+const KEY = "adapter-bank-key";
+let key = sessionStorage.getItem(KEY) ?? "";
+
+function useKey(given) {
+  key = given.trim();
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+  $("metrics").hidden = Boolean(key); // a link cannot send it
+}
+
+/** The server's answer, or ApiError with a message for people. */
+async function request(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, { ...options, headers: { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) } });
   } catch {
-    throw new ApiError("The server cannot be reached.");
+    throw new ApiError(/^[\x21-\x7e]*$/.test(key) ? "The server cannot be reached." : "A key has no such characters.");
   }
-  const body = await response.json().catch(() => null);
-  if (!response.ok) {
-    const error = body?.error;
-    const wait = response.headers.get("Retry-After");
-    const where = error?.param ? ` (${error.param})` : "";
-    throw new ApiError(`${error?.message ?? response.statusText}${where}${wait ? ` Try again in ${wait} s.` : ""}`);
+  if (response.ok) return response;
+  if (response.status === 401) $("key-box").open = true;
+  const error = (await response.json().catch(() => null))?.error;
+  const wait = response.headers.get("Retry-After");
+  const where = error?.param ? ` (${error.param})` : "";
+  throw new ApiError(`${error?.message ?? response.statusText}${where}${wait ? ` Try again in ${wait} s.` : ""}`);
+}
+
+/** {body, timing} of an API call. */
+async function call(path, options) {
+  const response = await request(path, options);
+  return { body: await response.json().catch(() => null), timing: response.headers.get("Server-Timing") ?? "" };
+}
+
+/** Show the server's file at `path` in a picture or video. Only a script can send a key, so with one it is fetched first. */
+function load(element, path) {
+  if (!key) {
+    element.src = path;
+    return element;
   }
-  return { body, timing: response.headers.get("Server-Timing") ?? "" };
+  request(path)
+    .then((response) => response.blob())
+    .then((blob) => {
+      if (element.isConnected) element.src = URL.createObjectURL(blob); // else something else is shown by now
+    })
+    .catch((error) => {
+      element.title = error.message;
+    });
+  return element;
+}
+
+/** Put `children` in the place of what `target` holds, and let go of the files that showed. */
+function replace(target, ...children) {
+  for (const { src } of target.querySelectorAll("img, video")) if (src.startsWith("blob:")) URL.revokeObjectURL(src);
+  target.replaceChildren(...children);
 }
 
 const post = (path, body) =>
@@ -62,10 +101,10 @@ async function submit(form, target, work) {
   const button = form.querySelector("button");
   button.disabled = true;
   try {
-    target.replaceChildren(...(await work()));
+    replace(target, ...(await work()));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    target.replaceChildren(make("p", { className: "error", role: "alert", textContent: error.message }));
+    replace(target, make("p", { className: "error", role: "alert", textContent: error.message }));
   } finally {
     button.disabled = false;
   }
@@ -74,28 +113,26 @@ async function submit(form, target, work) {
 // --- Ask: about a file, or an item of a gallery ----------------------------------------------------------------------
 
 let medium = null; // {file} or {gallery, item, kind}
-let previewUrl = null;
 
 const kindOf = (file) => (file.type.startsWith("video/") || /\.(mp4|m4v|mov|webm|mkv|avi)$/i.test(file.name) ? "video" : "image");
 
-function shown(kind, src, controls = false) {
+function shown(kind, controls = false) {
   return kind === "video"
-    ? make("video", { src, controls, muted: true, loop: true, autoplay: true, playsInline: true })
-    : make("img", { src, alt: "what the question is about" });
+    ? make("video", { controls, muted: true, loop: true, autoplay: true, playsInline: true })
+    : make("img", { alt: "what the question is about" });
 }
 
 function takeFile(file) {
   if (!file) return;
   medium = { file };
-  if (previewUrl) URL.revokeObjectURL(previewUrl);
-  previewUrl = URL.createObjectURL(file);
-  $("preview").replaceChildren(shown(kindOf(file), previewUrl), make("span", { className: "meta", textContent: file.name }));
+  const preview = Object.assign(shown(kindOf(file)), { src: URL.createObjectURL(file) });
+  replace($("preview"), preview, make("span", { className: "meta", textContent: file.name }));
 }
 
 function takeItem(gallery, hit, kind) {
   medium = { gallery, item: hit.id, kind };
   $("file").value = "";
-  $("preview").replaceChildren(shown(kind, hit.media), make("span", { className: "meta", textContent: hit.id }));
+  replace($("preview"), load(shown(kind), hit.media), make("span", { className: "meta", textContent: hit.id }));
   $("question").focus();
 }
 
@@ -147,7 +184,7 @@ function frameBars(frames) {
 }
 
 function view(kind, hit) {
-  $("stage").replaceChildren(shown(kind, hit.media, true), make("p", { className: "meta", textContent: hit.text ?? hit.id }));
+  replace($("stage"), load(shown(kind, true), hit.media), make("p", { className: "meta", textContent: hit.text ?? hit.id }));
   $("viewer").showModal();
 }
 
@@ -156,7 +193,7 @@ function hitCard(gallery, hit) {
   const card = make("li");
   if (hit.thumbnail) {
     const picture = make("button", { type: "button", className: "picture", ariaLabel: `Show ${hit.id}`, disabled: !hit.media });
-    picture.append(make("img", { src: hit.thumbnail, alt: hit.text ?? hit.id, loading: "lazy" }));
+    picture.append(load(make("img", { alt: hit.text ?? hit.id, loading: "lazy" }), hit.thumbnail));
     picture.addEventListener("click", () => view(kind, hit));
     card.append(picture);
   }
@@ -250,9 +287,23 @@ for (const [type, over] of [["dragover", true], ["dragleave", false], ["drop", f
   });
 }
 document.addEventListener("paste", (event) => takeFile(event.clipboardData.files[0]));
-$("viewer").addEventListener("close", () => $("stage").replaceChildren());
+$("viewer").addEventListener("close", () => replace($("stage")));
 
-for (const fill of [showHealth, fillAdapters, fillGalleries]) {
-  fill().catch((error) => $("found").replaceChildren(make("p", { className: "error", role: "alert", textContent: error.message })));
+function fillAll() {
+  replace($("found"));
+  for (const fill of [showHealth, fillAdapters, fillGalleries]) {
+    fill().catch((error) => replace($("found"), make("p", { className: "error", role: "alert", textContent: error.message })));
+  }
 }
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey($("key").value);
+  $("key").value = "";
+  $("key-box").open = false;
+  fillAll();
+});
+
+useKey(key);
+fillAll();
 setInterval(showHealth, 10_000);

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from adapters.config import check_name
 from adapters.errors import AdapterNotFound, InvalidReference
 from adapters.registry import AliasReference
-from service.http.dependencies import RuntimeDep
+from service.http.dependencies import RuntimeDep, ViewDep
 from service.http.errors import responses
 from service.http.schemas import AdapterDetails, AdaptersReply, Tier
 from service.runtime import Runtime
@@ -16,19 +16,18 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
 @router.get("", responses=responses())
-async def list_adapters(runtime: RuntimeDep) -> AdaptersReply:
-    """Every adapter with its versions and aliases."""
-    snapshot, tier = runtime.loader.snapshot, tiers(runtime)
-    return AdaptersReply(adapters=[AdapterDetails.of(name, snapshot, tier) for name in sorted(snapshot.adapters)])
+async def list_adapters(runtime: RuntimeDep, view: ViewDep) -> AdaptersReply:
+    """Every adapter that the key may use, with its versions and aliases."""
+    tier = tiers(runtime)
+    return AdaptersReply(adapters=[AdapterDetails.of(name, view, tier) for name in sorted(view.adapters)])
 
 
 @router.get("/{name}", responses=responses(AdapterNotFound, InvalidReference))
-async def get_adapter(name: str, runtime: RuntimeDep) -> AdapterDetails:
+async def get_adapter(name: str, runtime: RuntimeDep, view: ViewDep) -> AdapterDetails:
     """One adapter with its versions and aliases."""
-    snapshot = runtime.loader.snapshot
-    if name not in snapshot.adapters:
-        snapshot.resolve(AliasReference(check_name(name)))  # says which names there are
-    return AdapterDetails.of(name, snapshot, tiers(runtime))
+    if name not in view.adapters:
+        view.resolve(AliasReference(check_name(name)))  # says which names there are
+    return AdapterDetails.of(name, view, tiers(runtime))
 
 
 def tiers(runtime: Runtime) -> Callable[[str], Tier]:

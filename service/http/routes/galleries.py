@@ -11,9 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterBankError, InvalidReference
-from service.errors import GalleryNotFound, MissingMedia, UnsupportedMedia
+from service.errors import Forbidden, GalleryNotFound, MissingMedia, UnsupportedMedia
 from service.gallery import Gallery
-from service.http.dependencies import RuntimeDep
+from service.http.dependencies import PrincipalDep, RuntimeDep, ViewDep
 from service.http.errors import RefusedRequest, responses
 from service.http.schemas import AdapterReply, GalleriesReply, GalleryDetails, ItemReply, ItemsReply, item_path
 from service.media.source import clip_format, picture_format
@@ -38,12 +38,13 @@ MEDIA_TYPES = {
 async def open_gallery(
     name: str,
     runtime: RuntimeDep,
+    principal: PrincipalDep,
     version: Annotated[int | None, Query(ge=1, description="Default: the live version.")] = None,
 ) -> Gallery:
     """The version of a gallery that a request is about."""
     if version is not None:
-        return await runtime.galleries.version(name, version)
-    _, gallery = await runtime.galleries.live(name)
+        return await runtime.galleries.version(name, version, principal)
+    _, gallery = await runtime.galleries.live(name, principal)
     return gallery
 
 
@@ -51,20 +52,22 @@ GalleryDep = Annotated[Gallery, Depends(open_gallery)]
 
 
 @router.get("", responses=responses())
-async def list_galleries(runtime: RuntimeDep) -> GalleriesReply:
-    """Every gallery that can be searched. One that cannot be opened is left out, and the log says why."""
+async def list_galleries(runtime: RuntimeDep, view: ViewDep, principal: PrincipalDep) -> GalleriesReply:
+    """Every gallery that the key may search. One that cannot be opened is left out, and the log says why."""
     galleries = []
-    for name in sorted(runtime.loader.snapshot.gallery_versions):
+    for name in sorted(view.gallery_versions):
         try:
-            _, gallery = await runtime.galleries.live(name)
-            galleries.append(await get_gallery(gallery, runtime))
+            _, gallery = await runtime.galleries.live(name, principal)
+            galleries.append(await get_gallery(gallery, runtime, principal))
+        except Forbidden:
+            continue  # older versions may be seen, the live one may not
         except AdapterBankError as error:
             log.warning("gallery %s is not listed: %s", name, error)
     return GalleriesReply(galleries=galleries)
 
 
 @router.get("/{name}", responses=responses(GalleryNotFound, InvalidReference))
-async def get_gallery(gallery: GalleryDep, runtime: RuntimeDep) -> GalleryDetails:
+async def get_gallery(gallery: GalleryDep, runtime: RuntimeDep, principal: PrincipalDep) -> GalleryDetails:
     """One gallery: what it holds and how it was embedded."""
     manifest = gallery.manifest
     by = manifest.adapter
@@ -72,7 +75,7 @@ async def get_gallery(gallery: GalleryDep, runtime: RuntimeDep) -> GalleryDetail
         name=manifest.name,
         kind=manifest.kind,
         version=manifest.version,
-        versions=await to_thread.run_sync(runtime.galleries.store.versions, manifest.name),
+        versions=await runtime.galleries.versions(manifest.name, principal),
         num_items=manifest.num_items,
         num_quarantined=manifest.num_quarantined,
         adapter=AdapterReply(name=by.name, version=by.version, digest=by.weights_digest or by.name, alias=None),
@@ -103,6 +106,7 @@ class PageStart(NamedTuple):
 async def list_items(
     name: str,
     runtime: RuntimeDep,
+    principal: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE_ITEMS)] = DEFAULT_PAGE_ITEMS,
     page: Annotated[str | None, Query(pattern=PAGE_PATTERN, description="`next_page` of the page before.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Default: the page's, else the live version.")] = None,
@@ -111,7 +115,7 @@ async def list_items(
     start = PageStart.of(page)
     if version is not None and start.version not in (None, version):
         raise RefusedRequest(f"the page belongs to version {start.version}", param="version")
-    gallery = await open_gallery(name, runtime, version or start.version)
+    gallery = await open_gallery(name, runtime, principal, version or start.version)
     return await to_thread.run_sync(items_page, gallery, start.offset, limit)
 
 
@@ -197,9 +201,12 @@ def whole_item(gallery: Gallery, item_id: str) -> Response:
 
 
 def caching(request: Request) -> dict[str, str]:
-    """A version's files never change; the live version may be another one next time."""
+    """A version's files never change; the live version may be another one next time. Nothing is kept for other keys."""
     is_fixed = "version" in request.query_params
-    return {"Cache-Control": "private, max-age=86400, immutable" if is_fixed else "no-cache"}
+    return {
+        "Cache-Control": "private, max-age=86400, immutable" if is_fixed else "no-cache",
+        "Vary": "Authorization, X-API-Key",
+    }
 
 
 def media_type_of(path: Path) -> str:

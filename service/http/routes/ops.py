@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from prometheus_client.exposition import choose_encoder
 
+from service.auth import Keychain
 from service.errors import NotReady
-from service.http.dependencies import RuntimeDep
+from service.http.dependencies import PrincipalDep, RuntimeDep, ViewDep
 from service.http.errors import responses
 from service.http.schemas import LiveReply, ReadyReply
 
@@ -23,6 +24,9 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
+# Of the details of health, those that tell a key nothing about adapters it may not use.
+SHARED_DETAILS = ("ready", "reasons", "last_forward_age_s", "registry_generation", "backbone", "device")
+
 router = APIRouter()
 
 
@@ -33,12 +37,23 @@ async def live() -> LiveReply:
 
 
 @router.get("/health/ready", tags=["operation"], responses=responses(NotReady))
-async def ready(runtime: RuntimeDep) -> ReadyReply:
-    """Whether requests should be sent here; if not, why not."""
-    status = ReadyReply.model_validate(runtime.status())
-    if not status.ready:
-        raise NotReady("; ".join(status.reasons) or "not ready")
-    return status
+async def ready(request: Request, runtime: RuntimeDep, principal: PrincipalDep, view: ViewDep) -> ReadyReply:
+    """Whether requests should be sent here; if not, why not. What is loaded is told to those with a key."""
+    status = runtime.status()
+    reply = ReadyReply.model_validate(status)
+    if not reply.ready:
+        raise NotReady("; ".join(reply.reasons) or "not ready")
+    if not principal.is_known:
+        return ReadyReply(ready=reply.ready, reasons=reply.reasons)
+    if principal.sees_all:
+        keys: Keychain | None = request.app.state.keys
+        return ReadyReply.model_validate(status | {"api_keys_error": keys.error if keys is not None else None})
+    shared = {name: status[name] for name in SHARED_DETAILS}
+    resident = {
+        tier: {digest: size for digest, size in held.items() if view.with_digest(digest)}
+        for tier, held in runtime.bank.residency().items()
+    }
+    return ReadyReply.model_validate(shared | {"resident": resident})
 
 
 @router.get("/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapters.package import read_package
+from adapters.probe import parse_probe
 from adapters.training.loop import Progress
 from service.backbone.base import load_backbone
 from service.demo import build
@@ -96,7 +97,10 @@ def test_a_task_is_trained_packaged_and_measured(task: str, backbone: Path, tmp_
 
 def test_the_options_of_an_ablation_are_in_its_package(backbone: Path, tmp_path: Path) -> None:
     build.build_adapter(short("demo-video-retrieval"), "no-frame-aware-attention", tmp_path, backbone, tmp_path / "p")
-    assert read_package(tmp_path / "p").config.options["frame_aware_attention"] is False
+    package = read_package(tmp_path / "p")
+    assert package.config.options["frame_aware_attention"] is False
+    assert package.probe is not None
+    parse_probe(package.probe, package.config)
 
 
 def test_samples_are_files_with_their_questions_or_captions(tmp_path: Path) -> None:

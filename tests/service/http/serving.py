@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,9 +35,9 @@ class Serving:
 
 
 @contextmanager
-def serving_tiny(folder: Path) -> Iterator[Serving]:
-    """The whole service over the tiny home, built in `folder`."""
-    settings = build_home(folder)
+def serving_tiny(folder: Path, **changes: Any) -> Iterator[Serving]:
+    """The whole service over the tiny home, built in `folder`; with other settings where given."""
+    settings = Settings.model_validate(build_home(folder).model_dump() | changes)
     app = create_app(settings)
     with served(app) as url:
         yield Serving(settings, app, url)

@@ -34,7 +34,8 @@ def around(
     """A client of `app` inside all the middleware, in the service's order."""
     counted = metrics or Metrics()
     door = Admission(max_queue_seconds=1.0, max_bytes=max_bytes, metrics=counted)
-    inner = LoopbackOnly(BodyLimit(Attended(app), max_bytes=MAX_BYTES, admission=lambda: door))
+    limited = BodyLimit(Attended(app), max_bytes=MAX_BYTES, max_package_bytes=8 * MAX_BYTES, admission=lambda: door)
+    inner = LoopbackOnly(limited)
     stack = Exchanges(inner, settings=settings or Settings(), metrics=lambda: counted)
     with served(stack, lifespan=False) as url, httpx.Client(base_url=url, timeout=20) as client:
         yield client
@@ -312,3 +313,10 @@ def test_bodies_that_find_no_room_beside_others_are_told_to_come_back() -> None:
             assert int(answer.headers["retry-after"]) >= 1
         answers = (client.post("/", content=b"x" * 400).text for _ in range(200))  # room is made just after a reply
         assert "400" in answers
+
+
+def test_a_package_has_a_limit_of_its_own_and_takes_no_room_in_memory() -> None:
+    with around(echo, max_bytes=MAX_BYTES) as client:
+        assert client.put("/", content=b"x" * (8 * MAX_BYTES)).text == str(8 * MAX_BYTES)
+        refused = client.put("/", content=b"x" * (8 * MAX_BYTES + 1))
+        assert (refused.status_code, code_of(refused)) == (413, "too_large")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from service.auth import LOCAL
 from service.gallery.sources import Source
 from service.gallery.store import Gallery
 from service.pipelines.galleries import BuildOptions
@@ -68,5 +69,5 @@ def collection(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Co
     ):
         store = service.runtime.galleries
         record = service.call(store.build(name, adapter, sources, options, context()))
-        galleries[name] = service.call(store.version(name, record.version))
+        galleries[name] = service.call(store.version(name, record.version, LOCAL))
     return Collection(folder, galleries)

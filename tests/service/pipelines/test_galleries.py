@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterNotFound, ConversionError
+from service.auth import LOCAL
 from service.errors import BadQuery, DeadlineExceeded, GalleryBusy, GalleryNotFound, NotReady, Overloaded
 from service.gallery.sources import Source, read_sources
 from service.media import MediaSource, MediaWorkers
@@ -30,7 +31,7 @@ def build(service: Service, name: str, sources: list[Source], adapter: str = "fi
 
 
 def opened(service: Service, name: str) -> Any:
-    return service.call(service.runtime.galleries.live(name))[1]
+    return service.call(service.runtime.galleries.live(name, LOCAL))[1]
 
 
 # --- what goes in --------------------------------------------------------------------------------------------
@@ -315,27 +316,27 @@ def test_a_new_version_takes_over_and_the_old_one_stays(service: Service, tmp_pa
     assert build(service, "growing", picture_sources(tmp_path, 4)).version == 2
     service.call(service.runtime.loader.refresh())
     assert len(opened(service, "growing")) == 4
-    assert len(service.call(service.runtime.galleries.version("growing", 1))) == 2
+    assert len(service.call(service.runtime.galleries.version("growing", 1, LOCAL))) == 2
     size = service.runtime.metrics.registry.get_sample_value("bank_gallery_items", {"gallery": "growing"})
     assert size == 4
 
 
 def test_media_of_items_are_checked_before_they_are_given_out(service: Service, collection: Collection) -> None:
-    medium = service.call(service.runtime.galleries.medium("clips", "clip-0"))
+    medium = service.call(service.runtime.galleries.medium("clips", "clip-0", LOCAL))
     assert medium.kind == "video"
     assert medium.source == collection.folder / "0.mp4"
     assert medium.digest == collection["clips"].item(0).media.sha256  # type: ignore[union-attr]
     with pytest.raises(BadQuery, match="holds texts"):
-        service.call(service.runtime.galleries.medium("texts", "text-0"))
+        service.call(service.runtime.galleries.medium("texts", "text-0", LOCAL))
     with pytest.raises(GalleryNotFound, match="version 9"):
-        service.call(service.runtime.galleries.version("clips", 9))
+        service.call(service.runtime.galleries.version("clips", 9, LOCAL))
 
 
 def test_copied_media_outlive_their_originals(service: Service, tmp_path: Path) -> None:
     build(service, "kept", picture_sources(tmp_path, 2), copy_media=True)
     for file in tmp_path.iterdir():
         file.unlink()
-    medium = service.call(service.runtime.galleries.medium("kept", "picture-1"))
+    medium = service.call(service.runtime.galleries.medium("kept", "picture-1", LOCAL))
     assert isinstance(medium.source, Path)
     assert medium.source.read_bytes() == picture(1)
 

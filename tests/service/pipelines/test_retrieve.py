@@ -12,6 +12,7 @@ from torch.nn import functional
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound
 from adapters.families.uniadapter import frame_factors
+from service.auth import LOCAL
 from service.bank import batch_leases
 from service.errors import (
     BadQuery,
@@ -66,7 +67,7 @@ def text_vector(service: Service, adapter: str, text: str) -> Floats:
 
     async def story() -> Floats:
         runtime = service.runtime
-        async with runtime.loader.pin(adapter) as pin:
+        async with runtime.loader.pin(adapter, LOCAL) as pin:
             with batch_leases(runtime.bank) as leases, torch.inference_mode():
                 assert leases.add(pin.digest)
                 adaptation = leases.adaptation([pin.digest])
@@ -84,7 +85,7 @@ def match_logit(service: Service, adapter: str, text: str, medium: Medium, *, we
 
     async def story() -> float:
         runtime, model = service.runtime, service.runtime.backbone.model
-        async with runtime.loader.pin(adapter) as pin:
+        async with runtime.loader.pin(adapter, LOCAL) as pin:
             seen = await runtime.stages.see(medium, pin, context())
             states, frames = seen.output.states, seen.output.frames
             assert frames is not None

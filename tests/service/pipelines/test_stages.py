@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from service.auth import LOCAL
 from service.errors import BadQuery, DeadlineExceeded, Overloaded
 from service.loader import Pin
 from service.pipelines.stages import (
@@ -137,7 +138,10 @@ def test_states_are_cached_by_medium_and_adapter_where_the_bytes_are_known(servi
     stages = service.runtime.stages
 
     async def story() -> None:
-        async with service.runtime.loader.pin("find") as find, service.runtime.loader.pin("heads") as heads:
+        async with (
+            service.runtime.loader.pin("find", LOCAL) as find,
+            service.runtime.loader.pin("heads", LOCAL) as heads,
+        ):
             known, unknown = Medium("image", picture(3), "sha256:3"), Medium("image", picture(3))
             first = await stages.see(known, find, context())
             assert await stages.see(known, find, context()) is first
@@ -158,6 +162,18 @@ def test_a_picture_has_one_frame_and_no_times(service: Service) -> None:
     assert picture_seen.output.states.shape == (1, 5, 16)
     assert picture_seen.output.frames is not None
     assert picture_seen.output.frames.shape == (1, 8)
+
+
+def test_who_was_admitted_waits_for_a_worker_and_is_not_refused(service: Service) -> None:
+    """More media at once than the workers' queue takes."""
+    runtime = service.runtime
+
+    async def crowd() -> int:
+        async with runtime.loader.pin("find", LOCAL) as pin:
+            media = [Medium("image", picture(number % 3)) for number in range(400)]
+            return len(await gather_or_cancel([runtime.stages.see(medium, pin, context()) for medium in media]))
+
+    assert service.call(crowd()) == 400
 
 
 def test_the_time_of_each_stage_is_told(service: Service) -> None:

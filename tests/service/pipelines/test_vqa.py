@@ -9,6 +9,7 @@ import torch
 
 from adapters.config import BASE_ADAPTER, AnswerDecoding
 from adapters.errors import AdapterNotFound
+from service.auth import LOCAL
 from service.backbone.decoding import beam_search, rank_answers
 from service.bank import batch_leases
 from service.errors import (
@@ -65,7 +66,7 @@ def test_generated_answers_equal_the_model_run_by_hand(service: Service, adapter
     runtime = service.runtime
 
     async def by_hand() -> Any:
-        async with runtime.loader.pin(adapter) as pin:
+        async with runtime.loader.pin(adapter, LOCAL) as pin:
             memory, adaptation, leases = await _memory(service, pin, Medium(kind, data))  # type: ignore[arg-type]
             with torch.inference_mode(), leases:
                 return beam_search(runtime.backbone.model, memory, 1, adaptation, num_beams=3, max_length=5)[0]
@@ -114,7 +115,7 @@ def test_ranked_answers_equal_the_model_run_by_hand(service: Service, adapter: s
     runtime = service.runtime
 
     async def by_hand() -> Any:
-        async with runtime.loader.pin(adapter) as pin:
+        async with runtime.loader.pin(adapter, LOCAL) as pin:
             memory, adaptation, leases = await _memory(service, pin, Medium("image", picture(1)))
             ids = tuple(runtime.backbone.tokenize_answers(CHOICES))
             with torch.inference_mode(), leases:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
-from adapters.errors import AdapterBankError, Conflict, ConversionError, InvalidPackage
+from adapters.errors import AdapterBankError, Conflict, ConversionError, InvalidPackage, ProbeFailed
 from adapters.families.base import HEADS
 from adapters.families.uniadapter import UniAdapterOptions
 from adapters.package import Package, check_backbone, read_package
+from adapters.probe import parse_probe
 from adapters.training.adapter import AnswerTraining, RetrievalTraining
 from service.backbone.base import Backbone, load_backbone
 from service.config import InvalidSettings
@@ -55,7 +56,8 @@ def test_a_vqa_run_learns_and_writes_a_package_that_fits(
     package, said = run(wanted)
     read = read_package(tmp_path / "colours", dims=backbone.dims())
     check_backbone(read.config, backbone.parts)
-    assert read.weights_digest == package.weights_digest
+    assert read.weights_digest == package.weights_digest and read.package_digest == package.package_digest
+    assert read.probe is not None and set(parse_probe(read.probe, read.config).outputs) == {"scores", "first_words"}
     config = read.config
     assert config.decoding is not None and set(config.decoding.answers) == set(COLOURS)
     assert (config.decoding.rank_k, config.decoding.max_length) == (4, 10)
@@ -86,6 +88,11 @@ def test_a_retrieval_run_carries_heads_and_leaves_the_backbone_as_it_was(
     package, said = run(wanted)
     assert package.config.heads == HEADS and package.config.options["frame_aware_attention"] is True
     assert package.config.decoding is None
+    assert package.probe is not None and set(parse_probe(package.probe, package.config).outputs) == {
+        "frames",
+        "texts",
+        "match",
+    }
     assert set(package.config.backbone.parts) == {"vision", "text_encoder", "tokenizer"}
     assert any(re.match(r"step 3 of 3: itc [\d.]+, itm [\d.]+", line) for line in said)
     loaded = load_backbone(backbone_folder)
@@ -133,6 +140,16 @@ def test_a_stopped_run_goes_on_to_the_same_package(
     assert any(line.startswith("going on from") for line in said)
     assert [line.split(" of ")[0] for line in said if line.startswith("step ")] == [f"step {n}" for n in (3, 4, 5, 6)]
     assert not any("left out" in line for line in said)  # the list beside the checkpoint is believed
+
+
+def test_a_run_that_left_a_part_as_it_began_writes_no_package_and_keeps_its_checkpoint(
+    backbone_folder: Path, captions: Path, tmp_path: Path
+) -> None:
+    """A learning rate that moves nothing: the text branch of a retrieval adapter starts at zero and stays there."""
+    wanted = options(backbone_folder, captions, tmp_path / "p", task="retrieval", steps=1, learning_rate=1e-30)
+    with pytest.raises(ProbeFailed, match=r"change nothing: textual"):
+        run(wanted)
+    assert not wanted.out.exists() and wanted.checkpoint_file.exists()
 
 
 def test_a_checkpoint_of_other_options_is_refused(backbone_folder: Path, questions: Path, tmp_path: Path) -> None:

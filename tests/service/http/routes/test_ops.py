@@ -54,6 +54,21 @@ def test_the_console_s_own_files_name_no_other_host() -> None:
         assert not re.search(r"(?:https?:)?//[a-z0-9-]+\.[a-z]", file.read_text()), file.name
 
 
+def test_the_console_keeps_a_key_in_its_tab_alone_and_sends_it_as_a_header() -> None:
+    script = (CONSOLE_FOLDER / "console.js").read_text()
+    assert re.findall(r"\bfetch\(", script) == ["fetch("]  # one place, which adds the header
+    assert "Authorization: `Bearer ${key}`" in script
+    assert "sessionStorage" in script and not re.search(r"localStorage|indexedDB|document\.cookie", script)
+    # What the server holds is shown through `load`, which sends the key too; only a file of the user's own is shown otherwise.
+    assert re.findall(r"\bsrc(?: =|:) ([^ ;]+)", script) == [
+        "path",
+        "URL.createObjectURL(blob)",
+        "URL.createObjectURL(file)",
+    ]
+    page = (CONSOLE_FOLDER / "index.html").read_text()
+    assert re.search(r'<input id="key" type="password" autocomplete="off"', page)
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/v1", "/console/nothing.js", "/console/../app.py", "/redoc"])
 def test_unknown_paths_have_the_common_error(http: httpx.Client, path: str) -> None:
     response = http.get(path)

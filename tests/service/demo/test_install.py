@@ -1,0 +1,20 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from service.config import Settings
+from service.demo.install import CLIPS_TASK, PICTURE_TASK, curl_lines, media_folder
+from service.demo.samples import ITEMS_FILE
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_the_printed_lines_send_a_key_where_one_is_needed(tmp_path: Path, has_keys: bool) -> None:
+    settings = Settings(home=tmp_path, api_keys="[]" if has_keys else None)
+    item = {"file": "0.png", "question": "what shape", "answer": "circle", "caption": "a circle"}
+    for task in (PICTURE_TASK, CLIPS_TASK):
+        media_folder(settings, task).mkdir(parents=True)
+        (media_folder(settings, task) / ITEMS_FILE).write_text(json.dumps(item))
+    for line in curl_lines("http://127.0.0.1:8000", settings):
+        assert line.startswith("curl -s ") and " http://127.0.0.1:8000/" in line
+        assert ('-H "Authorization: Bearer $BANK_API_KEY"' in line) == has_keys
