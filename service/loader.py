@@ -179,21 +179,21 @@ class Loader:
         self._state = RegistryState(self.snapshot, now, error.message, isinstance(error, RegistryLost))
 
     @asynccontextmanager
-    async def pin(self, reference: str, principal: Principal) -> AsyncIterator[Pin]:
+    async def pin(self, reference: str, principal: Principal, routing_key: str | None = None) -> AsyncIterator[Pin]:
         """Resolve a reference for somebody and hold its adapter on the host until the block ends.
 
         A cold adapter is loaded meanwhile, and only its requests wait. A reference nobody knows makes the loader look
         at the registry once more before it says so: what was just pushed is found. A digest that several names share
-        means a name that the principal may use.
+        means a name that the principal may use. `routing_key` decides whether an alias means its canary.
         Raises: InvalidReference, Forbidden, AdapterNotFound, InvalidPackage, BackboneMismatch, MissingPart, RankTooLarge.
         """
-        pin = await self._resolve_and_hold(reference, principal)
+        pin = await self._resolve_and_hold(reference, principal, routing_key)
         try:
             yield pin
         finally:
             self._bank.release(pin.digest)
 
-    async def _resolve_and_hold(self, reference: str, principal: Principal) -> Pin:
+    async def _resolve_and_hold(self, reference: str, principal: Principal, routing_key: str | None) -> Pin:
         if reference == BASE_ADAPTER:
             principal.check_adapter(BASE_ADAPTER)
             return Pin(BASE_INFO, BASE_ADAPTER, None)
@@ -204,23 +204,24 @@ class Loader:
         if time.monotonic() - self._state.checked_at > STALE_S:
             await self.refresh()
         try:
-            self._resolve(parsed, principal)
+            self._resolve(parsed, principal, routing_key)
         except (AdapterNotFound, Forbidden):
             await self.refresh()
         with self._lock:
-            record = self._resolve(parsed, principal)
+            record = self._resolve(parsed, principal, routing_key)
+            is_canary = self._is_canary(parsed, record)
             load = None if self._bank.hold(record.weights_digest) else self._join_load(record)
         if load is not None:
             await self._wait(record, load)
         config = self._bank.adapter(record.weights_digest).config
         alias = parsed.alias if isinstance(parsed, AliasReference) else None
-        info = AdapterInfo(record.name, record.version, record.weights_digest, alias)
+        info = AdapterInfo(record.name, record.version, record.weights_digest, alias, is_canary)
         return Pin(info, record.weights_digest, config)
 
-    def _resolve(self, reference: AdapterReference, principal: Principal) -> VersionRecord:
+    def _resolve(self, reference: AdapterReference, principal: Principal, routing_key: str | None) -> VersionRecord:
         """The version a reference means for a principal. Raises: AdapterNotFound, Forbidden; neither names what is hidden."""
         try:
-            record = self.view(principal).resolve(reference)
+            record = self.view(principal).resolve(reference, routing_key)
         except AdapterNotFound:
             if isinstance(reference, DigestReference) and self.snapshot.with_digest(reference.digest):
                 message = f"this key may use none of the adapters with the digest {reference.digest}"
@@ -228,6 +229,12 @@ class Loader:
             raise
         principal.check_adapter(record.name)
         return record
+
+    def _is_canary(self, reference: AdapterReference, record: VersionRecord) -> bool:
+        if not isinstance(reference, AliasReference):
+            return False
+        alias = self.snapshot.alias(reference.name, reference.alias)
+        return alias is not None and alias.version != record.version
 
     async def unload(self, digest: str, *, timeout_s: float) -> dict[str, int]:
         """Wait until nobody holds an adapter, then let it go; the bytes freed by tier. Raises: Conflict when it takes longer."""

@@ -24,12 +24,16 @@ class Metrics:
         r = self.registry
         self.requests = Counter(
             "bank_requests_total",
-            "Requests by route, adapter and status code",
-            ["route", "adapter", "status"],
+            "Requests by route, adapter, arm (main or canary) and status code",
+            ["route", "adapter", "arm", "status"],
             registry=r,
         )
         self.request_seconds = Histogram(
-            "bank_request_seconds", "Time from first byte to last", ["route"], buckets=LATENCY_BUCKETS_S, registry=r
+            "bank_request_seconds",
+            "Time from first byte to last",
+            ["route", "arm"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=r,
         )
         self.stage_seconds = Histogram(
             "bank_stage_seconds", "Time spent in a stage of a request", ["stage"], buckets=LATENCY_BUCKETS_S, registry=r

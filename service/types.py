@@ -180,6 +180,7 @@ class AdapterInfo:
     version: int | None
     digest: str
     alias: str | None = None
+    is_canary: bool = False
 
 
 BASE_INFO = AdapterInfo(BASE_ADAPTER, None, BASE_ADAPTER)
@@ -314,8 +315,8 @@ class RequestContext:
     """What accompanies a request through every layer.
 
     `deadline` is on the monotonic clock; `stage_ms` is filled as stages end and returns as response headers. Over HTTP
-    `principal` is nobody until a key was checked. The jobs of a request that is `alone` share their batches with nobody:
-    equal jobs are then equal launches.
+    `principal` is nobody until a key was checked. `routing_key` decides whether a canary answers; None: it does not.
+    The jobs of a request that is `alone` share their batches with nobody: equal jobs are then equal launches.
     """
 
     deadline: float
@@ -324,6 +325,7 @@ class RequestContext:
     background: bool = False
     alone: bool = False
     principal: Principal = LOCAL
+    routing_key: str | None = None
     stage_ms: dict[str, float] = field(default_factory=dict)
 
     def spent(self, stage: str, seconds: float) -> None:

@@ -9,6 +9,7 @@ Knows nothing of storage: a record has a `kind` and a `key`, and that is all a s
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,6 +149,17 @@ class AliasRecord:
     def versions(self) -> tuple[int, ...]:
         """The versions it serves now: one, or two during a canary."""
         return (self.version,) if self.canary is None else (self.version, self.canary.version)
+
+    def version_for(self, routing_key: str | None) -> int:
+        """The version that serves requests with this key, always the same while the canary stays; None: the main one.
+
+        Keys are spread evenly, and anew for each canary: a share is not always the same users.
+        """
+        if self.canary is None or routing_key is None:
+            return self.version
+        digest = hashlib.sha256(f"{self.key}\0{self.canary.version}\0{routing_key}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        return self.canary.version if share < self.canary.traffic else self.version
 
 
 @dataclass(frozen=True)
@@ -356,12 +368,13 @@ class Snapshot:
 
     # --- adapters ----------------------------------------------------------------------------------------
 
-    def resolve(self, reference: AdapterReference) -> VersionRecord:
+    def resolve(self, reference: AdapterReference, routing_key: str | None = None) -> VersionRecord:
         """The ready version a request means. A digest that several names share gives the first name's newest version.
 
+        `routing_key` decides whether an alias means its canary; None: it does not.
         Raises: AdapterNotFound saying what there is instead.
         """
-        record = self._find(reference)
+        record = self._find(reference, routing_key)
         if record.status != "ready":
             reason = f" ({record.reason})" if record.reason else ""
             raise AdapterNotFound(f"{record.reference} is {record.status}{reason}, not ready", param="adapter")
@@ -401,12 +414,15 @@ class Snapshot:
 
     # --- galleries ---------------------------------------------------------------------------------------
 
-    def gallery(self, name: str, version: int | None = None) -> GalleryRecord:
-        """One version of a gallery, the live one unless told otherwise. Raises: NotFound saying which there are."""
+    def gallery(self, name: str, version: int | None = None, routing_key: str | None = None) -> GalleryRecord:
+        """One version of a gallery, the live one unless told otherwise; `routing_key` as in `resolve`.
+
+        Raises: NotFound saying which there are.
+        """
         records = self.gallery_versions.get(check_name(name, param="gallery"), ())
         if not records:
             raise NotFound(f"no gallery {name!r}; {nearest(name, self.gallery_versions)}", param="gallery")
-        number = self.live_version(name) if version is None else version
+        number = self.live_version(name, routing_key) if version is None else version
         for record in records:
             if record.version == number:
                 return record
@@ -419,10 +435,25 @@ class Snapshot:
         record = self.records.get(("head", name))
         return record if isinstance(record, GalleryHead) else None
 
-    def live_version(self, name: str) -> int | None:
-        """The number of a gallery's live version."""
+    def live_version(self, name: str, routing_key: str | None = None) -> int | None:
+        """The number of the version that is searched; for requests of a canary, the one embedded with it."""
         head = self.head(name)
-        return None if head is None else head.live
+        if head is None:
+            return None
+        return head.canary if self._goes_with_canary(head, routing_key) else head.live
+
+    def is_canary(self, gallery: GalleryRecord) -> bool:
+        """Whether a version is searched by requests of a canary alone."""
+        head = self.head(gallery.name)
+        return head is not None and gallery.version == head.canary != head.live
+
+    def _goes_with_canary(self, head: GalleryHead, routing_key: str | None) -> bool:
+        if head.canary is None or head.follows is None:
+            return False
+        record = self.records.get(("alias", head.follows))
+        if not isinstance(record, AliasRecord) or record.canary is None:
+            return False
+        return record.version_for(routing_key) == record.canary.version
 
     def followers(self, name: str, alias: str) -> tuple[GalleryHead, ...]:
         """The galleries that go with an alias."""
@@ -452,7 +483,7 @@ class Snapshot:
 
     # --- lookups -----------------------------------------------------------------------------------------
 
-    def _find(self, reference: AdapterReference) -> VersionRecord:
+    def _find(self, reference: AdapterReference, routing_key: str | None) -> VersionRecord:
         match reference:
             case VersionReference(name, version):
                 return self.version(name, version)
@@ -462,12 +493,12 @@ class Snapshot:
                     raise AdapterNotFound(f"no ready adapter with the digest {digest}", param="adapter")
                 return records[0]
             case AliasReference(name, alias):
-                return self.version(name, self._aliased_version(name, alias))
+                return self.version(name, self._aliased_version(name, alias, routing_key))
 
-    def _aliased_version(self, name: str, alias: str) -> int:
+    def _aliased_version(self, name: str, alias: str, routing_key: str | None) -> int:
         record = self.alias(name, alias)
         if record is not None:
-            return record.version
+            return record.version_for(routing_key)
         if name not in self.adapters:
             raise AdapterNotFound(f"no adapter {name!r}; {nearest(name, self.adapters)}", param="adapter")
         known = nearest(alias, self.aliases_of(name))

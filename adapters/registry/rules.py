@@ -145,11 +145,24 @@ def _check_unused(before: Snapshot, record: VersionRecord, status: str) -> None:
             f"{record.reference} cannot become {status} while {shortened(list(aliases))} names it; move the alias first",
             param="status",
         )
+    galleries = [g.key for g in _searched(before) if g.adapter == record.weights_digest]
+    if galleries and before.with_digest(record.weights_digest) == (record,):
+        raise Conflict(
+            f"{record.reference} cannot become {status} while {shortened(galleries)} is searched with it; rebuild or "
+            "delete that first",
+            param="status",
+        )
     for rollout in before.active_rollouts:
         if rollout.name == record.name and rollout.to_version == record.version:
             raise Conflict(
                 f"{record.reference} cannot become {status} while operation {rollout.id} rolls it out", param="status"
             )
+
+
+def _searched(before: Snapshot) -> list[GalleryRecord]:
+    """The gallery versions that requests search."""
+    numbers = [(head.name, number) for head in before.heads for number in (head.live, head.canary)]
+    return [before.gallery(name, number) for name, number in numbers if number is not None]
 
 
 def _known_version(before: Snapshot, name: str, package_digest: str) -> VersionRecord | None:

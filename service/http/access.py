@@ -18,7 +18,7 @@ from service import auth
 from service.auth import LOCAL, NOBODY, Keychain, Principal
 from service.config import Settings
 from service.errors import Forbidden, Unauthenticated
-from service.http.exchange import Exchange
+from service.http.exchange import ROUTING_HEADER, Exchange
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,8 @@ class Door:
         principal = exchange.context.principal = self._principal(Headers(scope=scope), needed)
         if self._keys is not None and principal.is_known:
             exchange.context.client = principal.id
+            if ROUTING_HEADER not in Headers(scope=scope):
+                exchange.context.routing_key = principal.id
         if needed is None:
             log.error(
                 "%s %s is refused: service/http/access.py declares no scope for it", scope["method"], scope["path"]

@@ -14,6 +14,8 @@ from service.http.errors import RefusedRequest
 from service.types import AdapterInfo, RequestContext
 
 REQUEST_ID_HEADER = "X-Request-Id"
+ROUTING_HEADER = "X-Routing-Key"
+MAX_ROUTING_CHARS = 200  # what follows does not count
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 
 
@@ -32,7 +34,10 @@ class Exchange:
         request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", given) else uuid.uuid4().hex
         client = scope["client"][0] if scope.get("client") else ""
         deadline = time.monotonic() + settings.default_timeout_ms / 1000
-        return cls(RequestContext(deadline=deadline, client=client, request_id=request_id, principal=NOBODY))
+        context = RequestContext(deadline=deadline, client=client, request_id=request_id, principal=NOBODY)
+        routing_key = Headers(scope=scope).get(ROUTING_HEADER)
+        context.routing_key = request_id if routing_key is None else routing_key[:MAX_ROUTING_CHARS]
+        return cls(context)
 
     def read_timeout(self, scope: Scope, settings: Settings) -> None:
         """Take the deadline the client asks for, capped. Raises: RefusedRequest when it is no positive number."""

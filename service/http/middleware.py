@@ -62,9 +62,10 @@ class Exchanges:
         route = getattr(scope.get("route"), "path", UNMATCHED_ROUTE)
         adapter = exchange.adapter.name if exchange.adapter else ""
         metrics = self._metrics()
-        metrics.requests.labels(route, adapter, str(status)).inc()
+        arm = "canary" if exchange.adapter is not None and exchange.adapter.is_canary else "main"
+        metrics.requests.labels(route, adapter, arm, str(status)).inc()
         seconds = time.monotonic() - exchange.started_at
-        metrics.request_seconds.labels(route).observe(seconds)
+        metrics.request_seconds.labels(route, arm).observe(seconds)
         path = scope.get("raw_path", b"").decode("latin-1")  # still quoted: nothing in it can break a line of the log
         log.info(
             "%s %s %d %.1f ms request=%s adapter=%s key=%s",

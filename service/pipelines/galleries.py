@@ -95,12 +95,14 @@ class Galleries:
 
     # --- reading -----------------------------------------------------------------------------------------
 
-    async def live(self, name: str, principal: Principal) -> tuple[GalleryRecord, Gallery]:
+    async def live(
+        self, name: str, principal: Principal, routing_key: str | None = None
+    ) -> tuple[GalleryRecord, Gallery]:
         """The live version of a gallery, open. A name nobody knows makes the loader look at the registry once more.
 
         Raises: GalleryNotFound listing the galleries that the principal may see, Forbidden.
         """
-        record = await self._record(name, None, principal)
+        record = await self._record(name, None, principal, routing_key)
         gallery = await self.version(name, record.version, principal)
         self._stages.metrics.gallery_items.labels(name).set(len(gallery))
         return record, gallery
@@ -122,18 +124,20 @@ class Galleries:
         seen = {record.version for record in self._loader.view(principal).gallery_versions.get(name, ())}
         return [number for number in numbers if number in seen]
 
-    async def _record(self, name: str, version: int | None, principal: Principal) -> GalleryRecord:
+    async def _record(
+        self, name: str, version: int | None, principal: Principal, routing_key: str | None = None
+    ) -> GalleryRecord:
         """What the registry knows of a version, by default the live one; it is looked at once more for what is new."""
         try:
-            return self._find(name, version, principal)
+            return self._find(name, version, principal, routing_key)
         except (GalleryNotFound, Forbidden):
             await self._loader.refresh()
-            return self._find(name, version, principal)
+            return self._find(name, version, principal, routing_key)
 
-    def _find(self, name: str, version: int | None, principal: Principal) -> GalleryRecord:
+    def _find(self, name: str, version: int | None, principal: Principal, routing_key: str | None) -> GalleryRecord:
         """Raises: GalleryNotFound, Forbidden; neither names what is hidden."""
         try:
-            return self._loader.view(principal).gallery(name, version)
+            return self._loader.view(principal).gallery(name, version, routing_key)
         except NotFound as error:
             if _has_gallery(self._loader.snapshot, name, version):
                 raise _forbidden(name) from None

@@ -139,13 +139,24 @@ class RetrievePipeline:
         BadMedia, MissingMedia, MissingPart, Overloaded, DeadlineExceeded.
         """
         async with within_deadline(context):
-            record, gallery = await self._galleries.live(query.gallery, context.principal)
-            depth = self._depth(query, gallery)
-            async with self._loader.pin(self._reference(query, record), context.principal) as pin:
-                self._check_key(pin, record, gallery, query)
-                medium = await self._medium(query, context)
-                with self._admission.permit(self._cost(query, gallery, pin, depth)):
-                    return await self._search(query, record, gallery, pin, depth, medium, context)
+            while True:
+                before = self._loader.snapshot.revision
+                try:
+                    return await self._answer(query, context)
+                except IndexStale:
+                    if self._loader.snapshot.revision == before:
+                        raise
+                    # Alias and gallery moved together between the two looks: with both of now they agree.
+
+    async def _answer(self, query: RetrieveQuery, context: RequestContext) -> RetrieveAnswer:
+        record, gallery = await self._galleries.live(query.gallery, context.principal, context.routing_key)
+        depth = self._depth(query, gallery)
+        reference = self._reference(query, record)
+        async with self._loader.pin(reference, context.principal, context.routing_key) as pin:
+            self._check_key(pin, record, gallery, query)
+            medium = await self._medium(query, context)
+            with self._admission.permit(self._cost(query, gallery, pin, depth)):
+                return await self._search(query, record, gallery, pin, depth, medium, context)
 
     def _depth(self, query: RetrieveQuery, gallery: Gallery) -> int:
         """How many candidates are looked at again. Raises: BadQuery."""
@@ -235,7 +246,8 @@ class RetrievePipeline:
         hits = tuple(await asyncio.to_thread(_hits, gallery, candidates.head(query.k)))
         info = pin.info
         if query.adapter is None and pin.digest != BASE_ADAPTER:  # found by its weights, which others may share
-            info = AdapterInfo(gallery.manifest.adapter.name, gallery.manifest.adapter.version, pin.digest)
+            by, is_canary = gallery.manifest.adapter, self._loader.snapshot.is_canary(record)
+            info = AdapterInfo(by.name, by.version, pin.digest, is_canary=is_canary)
         return RetrieveAnswer(
             record.name, record.version, hits, info, query.rerank, depth, len(gallery), encoded.warnings
         )

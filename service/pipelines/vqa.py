@@ -58,7 +58,10 @@ class VqaPipeline:
         Raises: AdapterNotFound, Forbidden, BadQuery, BadMedia, MissingPart, Overloaded, TooLarge, DeadlineExceeded and what
         loading an adapter can raise.
         """
-        async with within_deadline(context), self._loader.pin(query.adapter, context.principal) as pin:
+        async with (
+            within_deadline(context),
+            self._loader.pin(query.adapter, context.principal, context.routing_key) as pin,
+        ):
             return await self._answer(query, pin, context)
 
     async def _answer(self, query: VqaQuery, pin: Pin, context: RequestContext) -> VqaAnswer:

@@ -557,6 +557,17 @@ def test_galleries_are_embedded_anew_first_and_flip_with_the_alias(registry: Reg
     assert registry.start_rollout("a", "prod", 2, rollout_id="again", replicas=["r1"]).phase == "preparing"
 
 
+def test_a_version_a_gallery_is_searched_with_stays_ready(registry: Registry) -> None:
+    ready_versions(registry, 2)
+    registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1001))
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    registry.start_rollout("a", "prod", 2, rollout_id="op", migrate=False)
+    with pytest.raises(Conflict, match="clips@1 is searched with it"):
+        registry.set_status("a", 1, "retired")
+    registry.add_version("b", package(1))  # the same weights by another name
+    assert registry.set_status("a", 1, "retired").status == "retired"
+
+
 def test_a_gallery_may_stay_behind_when_that_is_said(registry: Registry) -> None:
     ready_versions(registry)
     registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1001))

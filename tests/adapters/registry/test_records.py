@@ -8,6 +8,7 @@ from adapters.registry import (
     AliasRecord,
     AliasReference,
     BaseReference,
+    Canary,
     DigestReference,
     GalleryHead,
     GalleryRecord,
@@ -162,3 +163,15 @@ def test_revision() -> None:
 def test_the_registry_does_not_load_torch() -> None:
     code = "import sys, adapters.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_canary_takes_its_share_of_keys_and_another_canary_other_keys() -> None:
+    keys = [f"key-{number}" for number in range(2000)]
+    alias = AliasRecord("a", "prod", 1, 0.0, (), Canary(2, 0.05))
+    first = {key for key in keys if alias.version_for(key) == 2}
+    assert 0.03 < len(first) / len(keys) < 0.07
+    other = AliasRecord("a", "prod", 1, 0.0, (), Canary(3, 0.05))
+    assert {key for key in keys if other.version_for(key) == 3} != first
+    wider = AliasRecord("a", "prod", 1, 0.0, (), Canary(2, 0.5))
+    assert first < {key for key in keys if wider.version_for(key) == 2}  # who was there stays
+    assert alias.version_for(None) == 1

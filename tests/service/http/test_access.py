@@ -654,7 +654,7 @@ def test_refusals_are_counted_by_reason(keyed: Keyed) -> None:
     assert {reason: keyed.failures(reason) - count for reason, count in before.items()} == dict.fromkeys(before, 1.0)
     text = keyed.call("metrics", "GET", "/metrics").text
     assert set(re.findall(r'bank_auth_failures_total{reason="(\w+)"}', text)) == before.keys()
-    assert 'bank_requests_total{adapter="",route="/v1/adapters",status="401"}' in text
+    assert 'bank_requests_total{adapter="",arm="main",route="/v1/adapters",status="401"}' in text
 
 
 def test_the_log_names_the_key_s_id_and_never_the_key(keyed: Keyed, caplog: pytest.LogCaptureFixture) -> None:

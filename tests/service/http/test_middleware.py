@@ -83,7 +83,7 @@ def test_requests_are_counted_by_route_adapter_and_status() -> None:
     with around(echo, metrics) as client:
         client.get("/whatever/a/client/writes")
     counted = {tuple(sample.labels.values()) for metric in metrics.requests.collect() for sample in metric.samples}
-    assert counted == {("unmatched", "", "200")}
+    assert counted == {("unmatched", "", "main", "200")}
 
 
 def test_domain_errors_are_answered_by_the_table() -> None:
@@ -267,7 +267,7 @@ def test_work_after_the_reply_is_not_cut() -> None:
 
 
 def _labels(status: str) -> dict[str, str]:
-    return {"route": "unmatched", "adapter": "", "status": status}
+    return {"route": "unmatched", "adapter": "", "arm": "main", "status": status}
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:

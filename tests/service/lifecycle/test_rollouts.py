@@ -238,3 +238,44 @@ def test_a_replica_that_stood_still_looks_before_it_answers(pair: Pair) -> None:
 async def _stop_watching(loader: Loader) -> None:
     assert loader._watcher is not None
     loader._watcher.cancel()
+
+
+def routed(pair: Pair, key: str | None, adapter: str = "ask") -> VqaAnswer:
+    query = VqaQuery(adapter, "what colour is the big circle?", MediaBytes("image", picture(1)), RankDecode())
+    runtime = pair.services[0].runtime
+    return pair.services[0].call(runtime.vqa.answer(query, context(routing_key=key)))
+
+
+def test_a_canary_gets_its_share_and_keys_stay_where_they_are(pair: Pair) -> None:
+    pair.world.push("ask", seed=80)
+    pair.promote("ask", 2, traffic=0.3)
+    pair.caught_up()
+    keys = [f"user-{number}" for number in range(60)]
+    first = {key: routed(pair, key).adapter for key in keys}
+    assert {info.version for info in first.values()} == {1, 2}
+    assert all(info.is_canary == (info.version == 2) for info in first.values())
+    assert 6 <= sum(info.is_canary for info in first.values()) <= 32  # 18 expected of 60
+    assert {key: routed(pair, key).adapter for key in keys[:10]} == {key: first[key] for key in keys[:10]}
+    assert routed(pair, None).adapter.version == 1
+    assert routed(pair, keys[0], "ask@2").adapter.version == 2
+    pair.registry.end_canary("ask", "prod", expect=2)
+    pair.caught_up()
+    assert {routed(pair, key).adapter.version for key in keys} == {1}
+
+
+def test_a_canary_searches_galleries_of_its_own(pair: Pair, tmp_path: Path) -> None:
+    build_gallery(pair.services[0], tmp_path / "media", range(3))
+    pair.world.push("find", "retrieval", seed=81)
+    pair.promote("find", 2, "canary", traffic=0.5)
+    pair.caught_up()
+    runtime = pair.services[1].runtime
+    seen = set()
+    for number in range(24):
+        for adapter in (None, "find"):
+            query = RetrieveQuery("shared", TextQuery("a big red circle"), k=2, adapter=adapter)
+            answer = pair.services[1].call(runtime.retrieve.search(query, context(routing_key=str(number))))
+            seen.add((answer.gallery_version, answer.adapter.version, answer.adapter.is_canary))
+    assert seen == {(1, 1, False), (2, 2, True)}
+    assert pair.promote("find", 2, "whole").phase == "committed"
+    pair.caught_up()
+    assert pair.search(pair.services[0]).gallery_version == 2

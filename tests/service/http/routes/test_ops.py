@@ -34,7 +34,7 @@ def test_metrics_are_in_prometheus_format(http: httpx.Client) -> None:
     http.get("/v1/adapters/vqa")
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
-    assert 'bank_requests_total{adapter="",route="/v1/adapters/{name}",status="200"}' in response.text
+    assert 'bank_requests_total{adapter="",arm="main",route="/v1/adapters/{name}",status="200"}' in response.text
 
 
 @pytest.mark.parametrize("path", PAGES)
