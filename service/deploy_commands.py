@@ -228,6 +228,8 @@ def list_operations(url: Url = None, home: Home = None, as_json: AsJson = False)
     if as_json:
         _print_json(found)
         return
+    if not found:
+        print("no operation is under way or ended within a day")
     for operation in found:
         print(_line(operation))
 
