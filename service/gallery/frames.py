@@ -14,9 +14,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Pooling = Literal["mean", "frame_attention"]
 
-DEFAULT_TAU = 0.1
+DEFAULT_TAU = 2.0
 """Temperature of both frame weightings: far above it all frames count alike, far below one does. Every gallery records its own.
-A starting value, to be settled on validation seeds; no number from a test set may decide it."""
+Chosen on 300 validation clips of the demo, where a sharper one costs recall (docs/demo.md)."""
 
 
 class FrameScores(NamedTuple):

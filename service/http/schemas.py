@@ -528,7 +528,7 @@ class GalleryDetails(Model):
             "adapter": {"name": "retrieval", "version": 2, "digest": _EXAMPLE_DIGEST, "alias": None},
             "embedding_key": _EXAMPLE_DIGEST,
             "pooling": "frame_attention",
-            "tau": 0.1,
+            "tau": 2.0,
             "index": "flat",
             "created_at": "2025-11-20T12:00:00Z",
         }
