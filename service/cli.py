@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from adapters.errors import AdapterBankError
-from service import deploy_commands
+from service import deploy_commands, gallery_commands
 from service.config import Settings
 
 app = typer.Typer(
@@ -19,12 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 import_app = typer.Typer(help="Turn other people's weights into ours.", no_args_is_help=True)
-gallery_app = typer.Typer(help="Build and list searchable collections.", no_args_is_help=True)
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 demo_app = typer.Typer(help="Sample and evaluate the drawn demo world.", no_args_is_help=True)
 app.add_typer(deploy_commands.app)
 app.add_typer(import_app, name="import")
-app.add_typer(gallery_app, name="gallery")
+app.add_typer(gallery_commands.app, name="gallery")
 app.add_typer(key_app, name="key")
 app.add_typer(demo_app, name="demo")
 
@@ -255,72 +254,6 @@ def probe(
 
     written = renew_probe(package, load_backbone(backbone), out)
     print(f"wrote {written.path}: with a probe, {written.weights_digest}")
-
-
-# --- galleries ---------------------------------------------------------------------------------------------
-
-
-@gallery_app.command("build")
-def gallery_build(
-    name: Annotated[str, typer.Argument(help="Gallery name.")],
-    adapter: Annotated[str, typer.Option(help="Adapter reference that embeds it.")],
-    source: Annotated[Path, typer.Option("--from", help="Folder of media, or a MANIFEST.jsonl.")],
-    pooling: Annotated[str, typer.Option(help="mean, or frame_attention.")] = "mean",
-    index: Annotated[str, typer.Option(help="flat, or hnsw.")] = "flat",
-    copy_media: Annotated[bool, typer.Option(help="Keep copies of the media in the gallery.")] = False,
-    home: Home = None,
-    backbone: Annotated[Path | None, typer.Option(help="Backbone folder; default HOME/backbone.")] = None,
-) -> None:
-    """Embed a collection and make it live; a running server picks it up. Goes on where an earlier attempt stopped."""
-    from tqdm import tqdm
-
-    from service.gallery.sources import read_sources
-    from service.home import build_gallery
-    from service.pipelines.galleries import BuildOptions, BuildProgress
-
-    sources = read_sources(source)
-    if not sources:
-        raise AdapterBankError(f"{source} holds no pictures, clips or texts", param="from")
-    options = BuildOptions.checked(kind=sources[0].kind, pooling=pooling, index=index, copy_media=copy_media)
-    left_out = 0
-    with tqdm(total=len(sources), unit="item", disable=None) as bar:
-
-        def report(progress: BuildProgress) -> None:
-            nonlocal left_out
-            left_out = progress.quarantined
-            bar.n = progress.done
-            bar.set_postfix(quarantined=progress.quarantined, refresh=False)
-            bar.update(0)
-
-        settings = Settings.load(home=home, backbone=backbone)
-        record = asyncio.run(build_gallery(settings, name, adapter, sources, options, report))
-    print(f"{record.name} version {record.version} is live: {record.embedding_key}")
-    if left_out:
-        print(f"left out: {left_out} of {len(sources)}; see quarantine.jsonl in the version's folder")
-
-
-@gallery_app.command("list")
-def gallery_list(home: Home = None, as_json: AsJson = False) -> None:
-    """List galleries and their versions."""
-    from service.folders import open_registry
-
-    snapshot = open_registry(Settings.load(home=home)).snapshot()
-    rows = [
-        {
-            "name": r.name,
-            "version": r.version,
-            "live": snapshot.live_version(r.name) == r.version,
-            "adapter": r.adapter_name or r.adapter,
-            "status": r.status,
-        }
-        for records in snapshot.gallery_versions.values()
-        for r in records
-    ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print("{name} v{version}  {status}  {adapter}".format(**row) + ("  live" if row["live"] else ""))
 
 
 # --- keys --------------------------------------------------------------------------------------------------

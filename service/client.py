@@ -26,6 +26,7 @@ from service.http.operator_schemas import (
     AliasReply,
     AuditLine,
     AuditReply,
+    DeletedGalleryReply,
     OperationReply,
     OperationsReply,
     ReplicasReply,
@@ -163,7 +164,13 @@ class Client:
     # --- deploying ---------------------------------------------------------------------------------------
 
     def push(self, package: str | os.PathLike[str], name: str) -> OperationReply:
-        """Push the package in a folder. The operation is its validation. Raises: InvalidPackage for what is no package."""
+        """Push the package in a folder, or the one at a URL that the service may fetch from. The operation is its validation.
+
+        Raises: InvalidPackage for a folder that is no package.
+        """
+        if "://" in str(package):
+            path = f"/v1/adapters/{_quoted(name)}"
+            return self._request(OperationReply, "PUT", path, json={"source": str(package)})
         with tempfile.TemporaryFile() as file:
             pack_tar(package, file)
             file.seek(0)
@@ -281,6 +288,43 @@ class Client:
     def galleries(self) -> list[GalleryDetails]:
         """All galleries that can be searched."""
         return GalleriesReply.model_validate_json(self.download("/v1/galleries")).galleries
+
+    def gallery(self, name: str) -> GalleryDetails:
+        """One gallery: the version that is searched, and which others there are."""
+        return self._request(GalleryDetails, "GET", f"/v1/galleries/{_quoted(name)}")
+
+    def build_gallery(
+        self,
+        name: str,
+        source: str | os.PathLike[str],
+        adapter: str,
+        *,
+        pooling: str = "mean",
+        index: str = "flat",
+        copy_media: bool = False,
+        key: str | None = None,
+    ) -> OperationReply:
+        """Let a gallery be built from a folder or manifest of the server's, and go live. `key` as in `promote`."""
+        fields: dict[str, JsonValue] = {"source": os.fspath(source), "adapter": adapter}
+        fields |= {"pooling": pooling, "index": index, "copy_media": copy_media}
+        path = f"/v1/galleries/{_quoted(name)}/builds"
+        return self._request(OperationReply, "POST", path, json=fields, headers=_named(key))
+
+    def rebuild_gallery(self, name: str, *, adapter: str | None = None, key: str | None = None) -> OperationReply:
+        """Let what a gallery holds be embedded anew, by default with what the alias it follows names now, and go live."""
+        path = f"/v1/galleries/{_quoted(name)}/rebuild"
+        return self._request(OperationReply, "POST", path, json=_given(adapter=adapter), headers=_named(key))
+
+    def delete_gallery(self, name: str, *, expect: int | None = None, reason: str | None = None) -> DeletedGalleryReply:
+        """Give a gallery up with all its versions. `expect`: the version that must be live now."""
+        query = {key: value for key, value in {"expect": expect, "reason": reason}.items() if value is not None}
+        return self._request(DeletedGalleryReply, "DELETE", f"/v1/galleries/{_quoted(name)}", params=query)
+
+    def delete_gallery_version(self, name: str, version: int, *, reason: str | None = None) -> DeletedGalleryReply:
+        """Give one version up that is not live."""
+        query = {} if reason is None else {"reason": reason}
+        path = f"/v1/galleries/{_quoted(name)}/versions/{version}"
+        return self._request(DeletedGalleryReply, "DELETE", path, params=query)
 
     def ready(self) -> bool:
         """Whether the server takes requests."""

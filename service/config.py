@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     )
     max_request_mib: int = Field(default=64, gt=0, description="Largest request body.")
     max_package_mib: int = Field(default=1024, gt=0, description="Largest package that may be pushed.")
+    package_sources: str | None = Field(
+        default=None, description='Kinds of URL that packages may be fetched from, e.g. "hf,s3". Default: none.'
+    )
     admission_mib: int = Field(default=1024, gt=0, description="Bytes of media admitted at once.")
     default_timeout_ms: int = Field(default=30_000, gt=0, description="Deadline of a request that names none.")
     max_timeout_ms: int = Field(default=300_000, gt=0, description="Longest deadline a request may ask for.")
@@ -78,6 +81,10 @@ class Settings(BaseSettings):
     rollback_window_s: float = Field(
         default=86_400.0, ge=0, description="How long after a rollout its galleries are kept ready for a rollback."
     )
+    gallery_sources: str | None = Field(
+        default=None,
+        description='Folders that galleries may be built from over HTTP, "/data/media:/data/clips". Default: none.',
+    )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the device thread; 0 takes all processors but one."
     )
@@ -87,6 +94,14 @@ class Settings(BaseSettings):
     def _slots_parse(cls, value: str | None) -> str | None:
         if value is not None:
             parse_slots(value)
+        return value
+
+    @field_validator("gallery_sources")
+    @classmethod
+    def _gallery_sources_are_absolute(cls, value: str | None) -> str | None:
+        for folder in split_folders(value):
+            if not folder.is_absolute():
+                raise ValueError(f"{str(folder)!r} is no absolute path")
         return value
 
     @model_validator(mode="after")
@@ -118,6 +133,15 @@ class Settings(BaseSettings):
         """Where the backbone is."""
         return self.backbone or self.home / "backbone"
 
+    @property
+    def source_folders(self) -> tuple[Path, ...]:
+        """The folders that galleries may be built from over HTTP."""
+        return split_folders(self.gallery_sources)
+
+    def package_schemes(self) -> tuple[str, ...]:
+        """Schemes of URLs that packages may be fetched from."""
+        return tuple(scheme.strip().lower() for scheme in (self.package_sources or "").split(",") if scheme.strip())
+
     def slot_buckets(self) -> tuple[tuple[int, int], ...] | None:
         """(rank, slots) by rising rank, or None for the default from free memory."""
         return None if self.slots is None else parse_slots(self.slots)
@@ -136,6 +160,11 @@ def _check_key_variables(environment: Mapping[str, str]) -> None:
             raise InvalidSettings(f"{name} is empty: give keys, or take the variable away to have none")
     if environment.get(CLIENT_KEY_VARIABLE, "").lstrip().startswith(("[", "{")):
         raise InvalidSettings(f"{CLIENT_KEY_VARIABLE} is the one key a client sends; a server's list is BANK_API_KEYS")
+
+
+def split_folders(text: str | None) -> tuple[Path, ...]:
+    """'/a:/b' -> (/a, /b)."""
+    return tuple(Path(part).expanduser() for part in (text or "").split(":") if part)
 
 
 def parse_slots(text: str) -> tuple[tuple[int, int], ...]:

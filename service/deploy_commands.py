@@ -4,7 +4,6 @@ Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 the operation ended b
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +24,15 @@ if TYPE_CHECKING:
     from service.operator import LocalOperator
 
 app = typer.Typer()
+registry_app = typer.Typer(help="Look after the registry itself.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
 
 URL_VARIABLE = "ADAPTER_BANK_URL"
 OPERATION_FAILED = 3
 STILL_RUNNING = 4
 
 Home = Annotated[Path | None, typer.Option("--home", help="State folder; default BANK_HOME.")]
+Backbone = Annotated[Path | None, typer.Option(help="Backbone folder; default HOME/backbone.")]
 Url = Annotated[
     str | None, typer.Option("--url", envvar=URL_VARIABLE, help="A running service, instead of a home folder.")
 ]
@@ -48,7 +50,7 @@ TimeoutS = Annotated[float, typer.Option("--timeout", help="Seconds after which 
 
 
 @contextmanager
-def operator(url: str | None, home: Path | None) -> "Iterator[Client | LocalOperator]":
+def operator(url: str | None, home: Path | None, backbone: Path | None = None) -> "Iterator[Client | LocalOperator]":
     """Whoever does the verbs: a running service, or this process on a home folder."""
     if url is not None:
         from httpx import TransportError
@@ -65,13 +67,13 @@ def operator(url: str | None, home: Path | None) -> "Iterator[Client | LocalOper
         return
     from service.operator import LocalOperator
 
-    with LocalOperator(Settings.load(home=home)) as local:
+    with LocalOperator(Settings.load(home=home, backbone=backbone)) as local:
         yield local
 
 
 @app.command()
 def push(
-    package: Annotated[Path, typer.Argument(help="Package folder.")],
+    package: Annotated[str, typer.Argument(help="Package folder, or a URL such as s3://bucket/folder.")],
     name: Annotated[str, typer.Option(help="Name to register it under.")],
     wait: Wait = True,
     url: Url = None,
@@ -80,7 +82,7 @@ def push(
 ) -> None:
     """Store a package as the next version of a name and validate it. A name's first good version becomes `prod`."""
     with operator(url, home) as bank:
-        _follow(bank, bank.push(package, name), wait=wait, as_json=as_json)
+        follow(bank, bank.push(package, name), wait=wait, as_json=as_json)
 
 
 @app.command()
@@ -115,7 +117,7 @@ def promote(
             reason=reason,
             key=key,
         )
-        _follow(bank, operation, wait=wait, as_json=as_json)
+        follow(bank, operation, wait=wait, as_json=as_json)
 
 
 @app.command()
@@ -133,7 +135,7 @@ def rollback(
     with operator(url, home) as bank:
         leaving = _expected(expect) if expect is not None else bank.adapter(name).aliases.get(alias)
         operation = bank.roll_back(name, alias=alias, expect=leaving, reason=reason, key=key)
-        _follow(bank, operation, wait=False, as_json=as_json)
+        follow(bank, operation, wait=False, as_json=as_json)
 
 
 @app.command("end-canary")
@@ -149,7 +151,7 @@ def end_canary(
     """Take a canary's share of the traffic back."""
     with operator(url, home) as bank:
         record = bank.end_canary(name, alias=alias, expect=expect, reason=reason)
-        _show(record, as_json, lambda: f"{record.name}@{record.alias} is version {record.version} alone")
+        show(record, as_json, lambda: f"{record.name}@{record.alias} is version {record.version} alone")
 
 
 @app.command()
@@ -159,7 +161,7 @@ def retire(
     """Take a version out of service."""
     with operator(url, home) as bank:
         record = bank.retire(name, version, reason=reason)
-        _show(record, as_json, lambda: f"{name}@{version} is {record.status}")
+        show(record, as_json, lambda: f"{name}@{version} is {record.status}")
 
 
 @app.command()
@@ -169,7 +171,7 @@ def reinstate(
     """Bring a retired version back."""
     with operator(url, home) as bank:
         record = bank.reinstate(name, version, reason=reason)
-        _show(record, as_json, lambda: f"{name}@{version} is {record.status}")
+        show(record, as_json, lambda: f"{name}@{version} is {record.status}")
 
 
 @app.command()
@@ -179,7 +181,7 @@ def delete(
     """Give a version up for good. Its files go after a day."""
     with operator(url, home) as bank:
         freed = bank.delete(name, version, reason=reason)
-        _show(freed, as_json, lambda: f"{name}@{version} is deleted; freed {_bytes(freed.freed_bytes)}")
+        show(freed, as_json, lambda: f"{name}@{version} is deleted; freed {_bytes(freed.freed_bytes)}")
 
 
 @app.command()
@@ -190,10 +192,10 @@ def abort(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a rollout before it is committed: nothing that is served has changed."""
+    """End a rollout before it is committed, or the build of a gallery: nothing that is served has changed."""
     with operator(url, home) as bank:
         aborted = bank.abort(operation, reason=reason)
-        _show(aborted, as_json, lambda: _line(aborted))
+        show(aborted, as_json, lambda: _line(aborted))
 
 
 @app.command("adapters")
@@ -281,6 +283,24 @@ def status(url: Url = None, home: Home = None, as_json: AsJson = False) -> None:
         print(_line(operation))
 
 
+@registry_app.command("restore")
+def restore(
+    force: Annotated[bool, typer.Option("--force", help="Replace another registry that is there.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a lost registry back from what this home remembers of it. Servers do this by themselves where it is in Redis."""
+    from service.folders import open_registry
+
+    registry = open_registry(Settings.load(home=home))
+    try:
+        snapshot = registry.restore(actor="cli", force=force)
+    finally:
+        registry.close()
+    told = {"generation": snapshot.generation, "adapters": len(snapshot.adapters)}
+    print(json.dumps(told) if as_json else "restored at generation {generation}: {adapters} adapters".format(**told))
+
+
 def read_share(text: str) -> float:
     """'5%' or '0.05' -> 0.05. Raises: AdapterBankError."""
     try:
@@ -299,25 +319,38 @@ def _expected(expect: int | None) -> Expect:
     return expect or None
 
 
-def _follow(bank: "Client | LocalOperator", operation: "OperationReply", *, wait: bool, as_json: bool) -> None:
-    """Show an operation; with `wait` its end. Exits with what became of it."""
+def follow(
+    bank: "Client | LocalOperator",
+    operation: "OperationReply",
+    *,
+    wait: bool,
+    as_json: bool,
+    timeout_s: float = 3600.0,
+    is_quiet: bool = False,
+) -> "OperationReply":
+    """Show an operation; with `wait` its end. Exits with what became of it, unless that is good.
+
+    `is_quiet`: people are not told of a good end here.
+    """
     if wait and operation.status == "running":
         try:
-            operation = bank.wait(operation.id, report=None if as_json else _progress())
+            operation = bank.wait(operation.id, timeout_s=timeout_s, report=None if as_json else _progress())
         except TimeoutError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(STILL_RUNNING) from error
     final = operation
-    _show(final, as_json, lambda: _line(final))
-    if operation.status == "failed":
+    if as_json or not (is_quiet and final.status == "succeeded"):
+        show(final, as_json, lambda: _line(final))
+    if final.status == "failed":
         raise typer.Exit(OPERATION_FAILED)
+    return final
 
 
 def _progress() -> "Callable[[OperationReply], None]":
-    """A progress bar for galleries that are embedded anew; silent where nobody looks on."""
+    """A progress bar for galleries that are embedded; silent where nobody looks on."""
     from tqdm import tqdm
 
-    bar = tqdm(unit="item", disable=not os.isatty(sys.stderr.fileno()), leave=False)
+    bar = tqdm(unit="item", disable=None, leave=False)
 
     def report(operation: "OperationReply") -> None:
         bar.set_description(operation.phase)
@@ -333,7 +366,7 @@ def _progress() -> "Callable[[OperationReply], None]":
 
 def _line(operation: "OperationReply") -> str:
     """One operation for people."""
-    move = f"{operation.from_version or 'none'} -> {operation.to_version}"
+    move = f"{operation.from_version or 'none'} -> {operation.to_version or 'none yet'}"
     share = "" if operation.traffic is None else f" for {100 * operation.traffic:g} % of the traffic"
     parts = [f"{operation.kind} {operation.id}: {operation.subject} {operation.phase}, {move}{share}"]
     if operation.error:
@@ -347,7 +380,8 @@ def _line(operation: "OperationReply") -> str:
     return "; ".join(parts)
 
 
-def _show(reply: BaseModel, as_json: bool, text: Callable[[], str]) -> None:
+def show(reply: BaseModel, as_json: bool, text: Callable[[], str]) -> None:
+    """Print a reply, for scripts or for people."""
     print(reply.model_dump_json() if as_json else text())
 
 

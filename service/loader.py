@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
 DRAIN_POLL_S = 0.05
-STALE_S = 5.0  # without a look at the registry for so long, this process stood still: others may have moved on
+TICK_S = 1.0
+STOPPED_S = 5.0  # without a tick for so long, this process stood still: others may have moved on without it
 NUM_LOAD_THREADS = 2
 
 
@@ -68,7 +69,6 @@ class RegistryState:
     """The snapshot in use, and how the last look at the registry went."""
 
     snapshot: Snapshot
-    checked_at: float
     error: str | None = None
     is_lost: bool = False
 
@@ -97,9 +97,16 @@ class Loader:
         self._threads = ThreadPoolExecutor(NUM_LOAD_THREADS, thread_name_prefix="adapter-load")
         self._loads: dict[str, _Load] = {}
         self._lock = threading.Lock()  # over alias resolution and hold, and over _loads
-        self._state = RegistryState(_first_snapshot(registry), time.monotonic())
+        self._state = RegistryState(_first_snapshot(registry))
         self._views = Views()
         self._watcher: asyncio.Task[None] | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._looking_thread = threading.Lock()  # a look that nobody awaits any more ends before the next begins
+        self._num_looks = 0  # begun
+        self._ticked_at = time.monotonic()
+        self._num_stops = 0  # how often this process stood still
+        self._num_stops_caught_up = 0
         self._listeners: list[Callable[[], None]] = []
         metrics.registry_generation.set(self.snapshot.generation)
 
@@ -129,12 +136,14 @@ class Loader:
     def start(self) -> None:
         """Begin watching the registry."""
         self._watcher = asyncio.create_task(self._watch())
+        self._ticker = asyncio.create_task(self._tick_on())
 
     async def close(self) -> None:
         """Stop watching and loading."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        tasks = [task for task in (self._watcher, self._ticker) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
         self._loads.clear()  # those that never began
 
@@ -150,33 +159,63 @@ class Loader:
                 log.exception("looking at the registry failed")  # and will be tried again: nothing ends the watch
                 await asyncio.sleep(POLL_INTERVAL_S)
 
+    async def _tick_on(self) -> None:
+        while True:
+            self._tick()
+            await asyncio.sleep(TICK_S)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._num_stops += now - self._ticked_at > STOPPED_S
+        self._ticked_at = now
+
+    async def catch_up(self) -> None:
+        """Look at the registry if this process stood still since it last did: what it knows may be long over.
+
+        A registry that is away is nothing of the kind: then nobody waits for it, and serving goes on with what is known.
+        """
+        self._tick()
+        while (num_stops := self._num_stops) > self._num_stops_caught_up:
+            await self.refresh()
+            self._num_stops_caught_up = max(num_stops, self._num_stops_caught_up)
+            self._tick()
+
     async def refresh(self) -> None:
-        """Look at the registry now. When it cannot be read, serving goes on with what is known."""
-        before = self._state
-        await asyncio.to_thread(self._refresh)
-        if (self._state.snapshot, self._state.is_lost) != (before.snapshot, before.is_lost):
-            for listener in self._listeners:
-                listener()
+        """Look at the registry now. When it cannot be read, serving goes on with what is known.
+
+        One look is under way at a time, and all who ask meanwhile share the next: where looks take long they hold few
+        threads, and what an earlier one saw never replaces what a later one did.
+        """
+        wanted = self._num_looks + 1
+        async with self._looking:
+            if self._num_looks >= wanted:
+                return
+            self._num_looks += 1
+            before = self._state
+            await asyncio.to_thread(self._refresh)
+            if (self._state.snapshot, self._state.is_lost) != (before.snapshot, before.is_lost):
+                for listener in self._listeners:
+                    listener()
 
     def _refresh(self) -> None:
-        now = time.monotonic()
-        try:
-            snapshot = self._registry.snapshot()
-        except RegistryUnavailable as error:
-            self._keep_known(now, error)
-            return
-        self._state = RegistryState(snapshot, now)
-        self._metrics.registry_up.set(1)
-        self._metrics.registry_generation.set(snapshot.generation)
+        with self._looking_thread:
+            try:
+                snapshot = self._registry.snapshot()
+            except RegistryUnavailable as error:
+                self._keep_known(error)
+                return
+            self._state = RegistryState(snapshot)
+            self._metrics.registry_up.set(1)
+            self._metrics.registry_generation.set(snapshot.generation)
 
-    def _keep_known(self, now: float, error: RegistryUnavailable) -> None:
+    def _keep_known(self, error: RegistryUnavailable) -> None:
         if self._state.error is None:
             generation = self.snapshot.generation
             log.warning(
                 "the registry cannot be used, serving goes on with generation %d: %s", generation, error.message
             )
         self._metrics.registry_up.set(0)
-        self._state = RegistryState(self.snapshot, now, error.message, isinstance(error, RegistryLost))
+        self._state = RegistryState(self.snapshot, error.message, isinstance(error, RegistryLost))
 
     @asynccontextmanager
     async def pin(self, reference: str, principal: Principal, routing_key: str | None = None) -> AsyncIterator[Pin]:
@@ -201,8 +240,7 @@ class Loader:
         assert not isinstance(parsed, BaseReference), "__base__ was answered above. This is a bug."
         if not isinstance(parsed, DigestReference):
             principal.check_adapter(parsed.name)  # before looking: nobody learns whether others' names exist
-        if time.monotonic() - self._state.checked_at > STALE_S:
-            await self.refresh()
+        await self.catch_up()
         try:
             self._resolve(parsed, principal, routing_key)
         except (AdapterNotFound, Forbidden):

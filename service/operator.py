@@ -5,6 +5,7 @@ for as long as it takes.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -12,24 +13,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from adapters.artifacts import fetch_package
 from adapters.config import check_name
-from adapters.errors import AdapterNotFound
-from adapters.registry import DEFAULT_ALIAS, UNSET, Expect
+from adapters.errors import AdapterBankError, AdapterNotFound, NotFound
+from adapters.registry import DEFAULT_ALIAS, UNSET, Expect, Snapshot
 from adapters.registry.references import AliasReference
-from service.config import Settings
-from service.folders import open_registry
+from service.config import MIB, Settings
+from service.errors import GalleryNotFound
+from service.folders import HomeFolders, open_registry, push_folder
+from service.gallery.sources import read_sources
+from service.gallery.store import GalleryStore
 from service.http.operator_schemas import (
     AliasReply,
     AuditLine,
+    DeletedGalleryReply,
     OperationReply,
     ReplicaReply,
     ReplicasReply,
     UnloadReply,
 )
-from service.http.schemas import AdapterDetails, AdapterVersionReply
+from service.http.schemas import AdapterDetails, AdapterVersionReply, GalleryDetails
 from service.lifecycle.deployments import DEFAULT_TIMEOUT_S, Deployments
+from service.lifecycle.jobs import JobArguments
 from service.lifecycle.lifecycle import EXPIRY_S
+from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime, open_artifacts
+
+log = logging.getLogger(__name__)
 
 ACTOR = "cli"
 POLL_S = 0.2
@@ -73,8 +83,13 @@ class LocalOperator:
         return AdapterDetails.of(name, snapshot, lambda digest: "disk")
 
     def push(self, package: str | os.PathLike[str], name: str) -> OperationReply:
-        """Store a package and stage it. The operation is its validation."""
-        record = self._deployments.push(Path(package), name, actor=ACTOR)
+        """Store the package in a folder or at a URL, and stage it. The operation is its validation."""
+        with push_folder(self._settings.home) as scratch:
+            folder = Path(package)
+            if "://" in str(package):
+                folder = scratch / "package"
+                fetch_package(str(package), folder, max_bytes=self._settings.max_package_mib * MIB)
+            record = self._deployments.push(folder, name, actor=ACTOR)
         return OperationReply.of(self._deployments.of_version(record))
 
     def promote(
@@ -140,6 +155,69 @@ class LocalOperator:
         self._deployments.delete(name, version, reason=reason, actor=ACTOR)
         return UnloadReply(freed_bytes={"device": 0, "host": 0})
 
+    def galleries(self) -> list[GalleryDetails]:
+        """All galleries that can be searched. One that cannot be opened is left out, and the log says why."""
+        snapshot = self._registry.snapshot()
+        found = []
+        for name in sorted(snapshot.gallery_versions):
+            try:
+                found.append(self._details(name, snapshot))
+            except AdapterBankError as error:
+                log.warning("gallery %s is not listed: %s", name, error.message)
+        return found
+
+    def gallery(self, name: str) -> GalleryDetails:
+        """One gallery. Raises: GalleryNotFound."""
+        return self._details(name, self._registry.snapshot())
+
+    def _details(self, name: str, snapshot: Snapshot) -> GalleryDetails:
+        try:
+            live = snapshot.gallery(name).version
+        except NotFound as error:
+            raise GalleryNotFound(error.message, param="gallery") from error
+        store = GalleryStore(HomeFolders(self._settings.home).galleries)
+        known = {record.version for record in snapshot.gallery_versions[name]}
+        versions = [version for version in store.versions(name) if version in known]
+        return GalleryDetails.of(store.manifest(name, live), snapshot, versions)
+
+    def build_gallery(
+        self,
+        name: str,
+        source: str | os.PathLike[str],
+        adapter: str,
+        *,
+        pooling: str = "mean",
+        index: str = "flat",
+        copy_media: bool = False,
+        key: str | None = None,
+    ) -> OperationReply:
+        """Let a gallery be built from a folder or manifest, and go live. Raises: ConversionError for a source that is none."""
+        kind = read_sources(Path(source))[0].kind
+        options = BuildOptions.checked(kind=kind, pooling=pooling, index=index, copy_media=copy_media)
+        wanted = JobArguments(
+            adapter=adapter,
+            source=os.fspath(source),
+            pooling=options.pooling,
+            index=options.index,
+            copy_media=copy_media,
+        )
+        return OperationReply.of(self._deployments.build_gallery(name, wanted, actor=ACTOR, key=key))
+
+    def rebuild_gallery(self, name: str, *, adapter: str | None = None, key: str | None = None) -> OperationReply:
+        """Let what a gallery holds be embedded anew, and go live."""
+        return OperationReply.of(self._deployments.rebuild_gallery(name, adapter, actor=ACTOR, key=key))
+
+    def delete_gallery(self, name: str, *, expect: int | None = None, reason: str | None = None) -> DeletedGalleryReply:
+        """Give a gallery up with all its versions."""
+        wanted: Expect = UNSET if expect is None else expect
+        records = self._deployments.delete_gallery(name, expect=wanted, reason=reason, actor=ACTOR)
+        return DeletedGalleryReply(name=name, versions=[record.version for record in records])
+
+    def delete_gallery_version(self, name: str, version: int, *, reason: str | None = None) -> DeletedGalleryReply:
+        """Give one version up that is not live."""
+        self._deployments.delete_gallery_version(name, version, reason=reason, actor=ACTOR)
+        return DeletedGalleryReply(name=name, versions=[version])
+
     def operations(self) -> list[OperationReply]:
         """Operations under way and lately ended."""
         return [OperationReply.of(operation) for operation in self._deployments.operations()]
@@ -166,10 +244,10 @@ class LocalOperator:
     def wait(self, operation_id: str, *, timeout_s: float = 3600.0, report: Report | None = None) -> OperationReply:
         """Wait until an operation ended; do its work here where no server lives. Raises: TimeoutError."""
         operation = self.operation(operation_id)
-        if operation.status == "running" and not self._deployments.living():
-            return asyncio.run(self._work(operation_id, timeout_s, report))
         end = time.monotonic() + timeout_s
         while operation.status == "running":
+            if not self._deployments.living():  # none was there, or the last one died
+                return asyncio.run(self._work(operation_id, end - time.monotonic(), report))
             if time.monotonic() > end:
                 raise TimeoutError(f"operation {operation_id} still runs after {timeout_s:g} s")
             time.sleep(POLL_S)

@@ -18,9 +18,10 @@ from service.backbone.base import Backbone, load_backbone
 from service.bank import AdapterBank, Buckets, default_buckets
 from service.config import MIB, Settings
 from service.engine import Engine
-from service.folders import HomeFolders, open_registry
+from service.folders import HomeFolders, open_registry, remove_abandoned_pushes
 from service.gallery.store import GalleryStore
 from service.lifecycle.deployments import Deployments
+from service.lifecycle.jobs import Jobs
 from service.lifecycle.lifecycle import Lifecycle, new_replica_id
 from service.lifecycle.rollouts import Rollouts
 from service.lifecycle.sweeper import Sweeper
@@ -76,6 +77,7 @@ class Runtime:
         self.metrics = Metrics()
         folders = HomeFolders(settings.home)
         settings.home.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_pushes(settings.home)
         device = pick_device(settings.device)
         self.backbone = load_backbone(settings.backbone_folder, device=str(device), dtype=settings.dtype)
         self.metrics.backbone_loads.inc()
@@ -131,6 +133,7 @@ class Runtime:
             self.registry,
             self.loader,
             Rollouts(self.replica_id, self.registry, self.loader, self.galleries, self.metrics),
+            Jobs(self.replica_id, self.registry, self.loader, self.galleries),
             Sweeper(self.replica_id, self.registry, self.artifacts, self.galleries.store),
             self.metrics,
             validate=self._validate,

@@ -37,6 +37,7 @@ def visible(snapshot: Snapshot, principal: Principal) -> Snapshot:
         heads=tuple(head for head in snapshot.heads if (head.name, head.live) in seen and _may_follow(principal, head)),
         rollouts=tuple(record for record in snapshot.rollouts if principal.allows(record.name)),
         leases=(),
+        jobs=tuple(record for record in snapshot.jobs if principal.allows(record.adapter)),
     )
 
 

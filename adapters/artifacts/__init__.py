@@ -5,6 +5,7 @@ files and digests; what is in a package, beyond which files, is checked before i
 """
 
 from adapters.artifacts.base import ArtifactStore, Entry, Leftover
+from adapters.artifacts.fetching import fetch_package
 from adapters.artifacts.local import LocalArtifactStore
 from adapters.artifacts.opening import open_store, open_trees
 from adapters.artifacts.remote import RemoteArtifactStore
@@ -17,6 +18,7 @@ __all__ = [
     "LocalArtifactStore",
     "RemoteArtifactStore",
     "TreeStore",
+    "fetch_package",
     "open_store",
     "open_trees",
 ]

@@ -168,7 +168,7 @@ class Objects:
             return False
 
     def find(self, folder: str) -> dict[str, ObjectInfo]:
-        """Every file below a folder, by its path below it; none when there is no such folder."""
+        """Every file below a folder (the root for ""), by its path below it; none when there is no such folder."""
         top = f"{self._full(folder)}/"
 
         def listed(fs: FileSystem) -> dict[str, ObjectInfo]:
@@ -260,7 +260,7 @@ class Objects:
             return self._fs
 
     def _full(self, path: str) -> str:
-        return f"{self._root}/{path}"
+        return f"{self._root}/{path}" if path else self._root
 
 
 class LocalObjects(Objects):

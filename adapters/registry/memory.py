@@ -38,23 +38,26 @@ class Memory:
         """Keep a state and the part of the log that is not kept yet, unless more of the same history is kept already."""
         with self._locked():
             known = self._read(with_log=False)
-            kept = 0
+            kept: int | None = None
             if known is not None:
                 is_same = known.revision.epoch == contents.revision.epoch
                 if is_same and known.revision.generation >= contents.revision.generation:
                     return
-                if is_same or known.revision.epoch in contents.lineage:
-                    kept = known.revision.generation
-                else:  # another registry: what was known of the old one goes
-                    (self.folder / AUDIT_FILE).unlink(missing_ok=True)
-            lines = [json.dumps(asdict(record)) for record in contents.log if record.generation > kept]
-            if lines:
+                if contents.revision.epoch in known.lineage:
+                    return  # what is kept was restored from it
+                kept = known.revision.generation if is_same else None
+            lines = [json.dumps(asdict(record)) for record in contents.log if kept is None or record.generation > kept]
+            if kept is None:  # of a history that is new here the log is whole
+                self._write(AUDIT_FILE, "".join(f"{line}\n" for line in lines))
+            elif lines:
                 with (self.folder / AUDIT_FILE).open("a", encoding="utf-8") as file:
-                    file.write("\n".join(lines) + "\n")
+                    file.write(
+                        "".join(f"\n{line}" for line in lines) + "\n"
+                    )  # what a crash cut off spoils no other line
                     file.flush()
                     os.fsync(file.fileno())
             state = {"revision": contents.revision, "lineage": contents.lineage, "records": contents.writes}
-            self._write(json.dumps(state))
+            self._write(STATE_FILE, json.dumps(state))
 
     def _read(self, *, with_log: bool) -> Contents | None:
         try:
@@ -81,14 +84,14 @@ class Memory:
                 records[record.generation, record.action, record.subject] = record
         return tuple(records.values())
 
-    def _write(self, text: str) -> None:
-        beside = self.folder / f".{STATE_FILE}.{secrets.token_hex(4)}"
+    def _write(self, name: str, text: str) -> None:
+        beside = self.folder / f".{name}.{secrets.token_hex(4)}"
         try:
             with beside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(self.folder / STATE_FILE)
+            beside.replace(self.folder / name)
         finally:
             beside.unlink(missing_ok=True)
 

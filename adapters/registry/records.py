@@ -4,6 +4,7 @@
     an alias       always names a ready version: what is served cannot leave `ready` behind its back
     a gallery      numbered versions, of which one is live and ready
     a rollout      migrating -> preparing -> committed, or aborted
+    a job          running -> succeeded, or failed
 
 Knows nothing of storage: a record has a `kind` and a `key`, and that is all a store needs.
 """
@@ -34,6 +35,8 @@ MAX_COMPARED = 1000  # names searched for one that is nearly what was asked for
 Status = Literal["staged", "validating", "ready", "retired", "failed", "deleted"]
 GalleryStatus = Literal["building", "ready", "retired", "failed", "deleted"]
 Phase = Literal["migrating", "preparing", "committed", "aborted"]
+JobAction = Literal["build", "rebuild"]
+JobPhase = Literal["running", "succeeded", "failed"]
 
 # What may follow a status. Nothing follows "deleted"; a failed version may be staged again to be validated anew.
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {
@@ -266,6 +269,45 @@ class RolloutRecord:
 
 
 @dataclass(frozen=True)
+class JobRecord:
+    """A gallery that is built, or embedded anew, by whichever replica lives.
+
+    adapter        the name of the adapter that embeds it, or `__base__`: whom the job is for
+    arguments      what shall be done, as JSON; for those who do it to understand
+    from_version   the version that was live when it began, and must still be when it ends
+    worker         the replica that does it; `token` rises with each new one, and only the latest may write
+    version        the version it made, perhaps before it ended
+    """
+
+    kind: ClassVar = "job"
+
+    id: str
+    action: JobAction
+    gallery: str
+    adapter: str
+    arguments: str
+    from_version: int | None
+    phase: JobPhase
+    actor: str
+    started_at: float
+    updated_at: float
+    worker: str | None = None
+    token: int = 0
+    version: int | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its key among jobs."""
+        return self.id
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it still goes on."""
+        return self.phase == "running"
+
+
+@dataclass(frozen=True)
 class LeaseRecord:
     """A duty that one replica at a time has. `token` rises with each new holder."""
 
@@ -282,10 +324,10 @@ class LeaseRecord:
         return self.duty
 
 
-Record = VersionRecord | AliasRecord | GalleryRecord | GalleryHead | RolloutRecord | LeaseRecord
+Record = VersionRecord | AliasRecord | GalleryRecord | GalleryHead | RolloutRecord | JobRecord | LeaseRecord
 RECORD_TYPES: Mapping[str, type[Record]] = {
     record.kind: record
-    for record in (VersionRecord, AliasRecord, GalleryRecord, GalleryHead, RolloutRecord, LeaseRecord)
+    for record in (VersionRecord, AliasRecord, GalleryRecord, GalleryHead, RolloutRecord, JobRecord, LeaseRecord)
 }
 
 
@@ -331,6 +373,7 @@ class Snapshot:
     heads: tuple[GalleryHead, ...] = ()
     rollouts: tuple[RolloutRecord, ...] = ()
     leases: tuple[LeaseRecord, ...] = ()
+    jobs: tuple[JobRecord, ...] = ()
 
     @classmethod
     def of(cls, revision: Revision, records: Iterable[Record]) -> "Snapshot":
@@ -346,6 +389,7 @@ class Snapshot:
             tuple(sorted(cast(list[GalleryHead], kinds["head"]), key=lambda r: r.name)),
             tuple(sorted(cast(list[RolloutRecord], kinds["rollout"]), key=lambda r: (r.started_at, r.id))),
             tuple(sorted(cast(list[LeaseRecord], kinds["lease"]), key=lambda r: r.duty)),
+            tuple(sorted(cast(list[JobRecord], kinds["job"]), key=lambda r: (r.started_at, r.id))),
         )
 
     @property
@@ -363,6 +407,7 @@ class Snapshot:
             self.heads,
             self.rollouts,
             self.leases,
+            self.jobs,
         )
         return {(record.kind, record.key): record for group in groups for record in group}
 
@@ -464,7 +509,7 @@ class Snapshot:
         """The versions of each gallery in ascending order; deleted ones are left out, and names that have no others."""
         return _grouped((record.name, record) for record in self.galleries if record.status != "deleted")
 
-    # --- rollouts ----------------------------------------------------------------------------------------
+    # --- rollouts, jobs, duties --------------------------------------------------------------------------
 
     def rollout(self, rollout_id: str) -> RolloutRecord | None:
         """One rollout, finished or not."""
@@ -480,6 +525,16 @@ class Snapshot:
     def active_rollouts(self) -> tuple[RolloutRecord, ...]:
         """The rollouts under way, the oldest first."""
         return tuple(record for record in self.rollouts if record.is_active)
+
+    def job(self, job_id: str) -> JobRecord | None:
+        """One job, finished or not."""
+        record = self.records.get(("job", job_id))
+        return record if isinstance(record, JobRecord) else None
+
+    @cached_property
+    def active_jobs(self) -> tuple[JobRecord, ...]:
+        """The jobs under way, the oldest first."""
+        return tuple(record for record in self.jobs if record.is_active)
 
     # --- lookups -----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from json import dumps
@@ -27,6 +27,8 @@ from adapters.registry.records import (
     AuditRecord,
     GalleryRecord,
     GalleryStatus,
+    JobAction,
+    JobRecord,
     LeaseRecord,
     PackageInfo,
     Record,
@@ -248,6 +250,61 @@ class Registry:
         """
         return self._change(actor, lambda draft: rules.set_live_gallery(draft, name, version, expect, follows, reason))
 
+    def delete_gallery(
+        self, name: str, *, expect: Expect = UNSET, reason: str | None = None, actor: str = "system"
+    ) -> tuple[GalleryRecord, ...]:
+        """Give a gallery up, every version of it. `expect`: the version that must be live.
+
+        Raises: NotFound; Conflict while a rollout or a job works on it, or when another version is live.
+        """
+        return self._change(actor, lambda draft: rules.delete_gallery(draft, name, expect, reason))
+
+    # --- jobs --------------------------------------------------------------------------------------------
+
+    def start_job(
+        self,
+        action: JobAction,
+        gallery: str,
+        *,
+        job_id: str,
+        adapter: str,
+        arguments: str,
+        join: bool = False,
+        actor: str = "system",
+    ) -> JobRecord:
+        """Let a gallery be built or embedded anew by whichever replica lives. See `rules.start_job`."""
+        return self._change(
+            actor,
+            lambda draft: rules.start_job(
+                draft, job_id, action, gallery, adapter=adapter, arguments=arguments, join=join
+            ),
+        )
+
+    def claim_job(self, job_id: str, replica: str, alive: Collection[str]) -> JobRecord | None:
+        """Become the one that does a job. None: somebody else who lives does, or it is over."""
+        return self._change(replica, lambda draft: rules.claim_job(draft, job_id, replica, alive))
+
+    def keep_job(self, job_id: str, token: int, version: int, *, actor: str) -> JobRecord:
+        """Note the version that a job made. Raises: Conflict for a token that is not the latest."""
+        return self._change(actor, lambda draft: rules.keep_job(draft, job_id, token, version))
+
+    def finish_job(
+        self, job_id: str, token: int, version: int, *, follows: str | Unset | None = UNSET, actor: str
+    ) -> JobRecord:
+        """Make what a job made live, in one change with its end. `follows` as in `set_live_gallery`.
+
+        Raises: Conflict for a token that is not the latest, or when another version went live since it began.
+        """
+        return self._change(actor, lambda draft: rules.finish_job(draft, job_id, token, version, follows))
+
+    def fail_job(self, job_id: str, token: int, error: str, *, actor: str) -> JobRecord:
+        """Nothing came of a job. Raises: Conflict for a token that is not the latest."""
+        return self._change(actor, lambda draft: rules.fail_job(draft, job_id, token, error))
+
+    def abort_job(self, job_id: str, error: str, *, actor: str = "system") -> JobRecord:
+        """End a job: nothing has changed. Raises: NotFound; Conflict once it has succeeded."""
+        return self._change(actor, lambda draft: rules.abort_job(draft, job_id, error))
+
     # --- rollouts ----------------------------------------------------------------------------------------
 
     def start_rollout(
@@ -328,9 +385,9 @@ class Registry:
             actor, lambda draft: rules.roll_back(draft, rollout_id, name, alias, expect=expect, reason=reason)
         )
 
-    def drop_rollouts(self, older_than: float) -> int:
-        """Forget rollouts that ended before a time (seconds since 1970); how many."""
-        return self._change("system", lambda draft: rules.drop_rollouts(draft, older_than))
+    def drop_operations(self, older_than: float) -> int:
+        """Forget rollouts and jobs that ended before a time (seconds since 1970); how many."""
+        return self._change("system", lambda draft: rules.drop_operations(draft, older_than))
 
     # --- replicas and duties -----------------------------------------------------------------------------
 
@@ -387,10 +444,12 @@ class Registry:
                 raise RegistryUnavailable(
                     f"another registry is there, at generation {found.generation}: check the address, or force it"
                 )
-            recalled = self._memory.recall() if self._memory is not None else None
-            lines = (*(recalled.log if recalled is not None else ()), *self._log)
-            if recalled is not None and recalled.revision.generation > known.generation:
-                known = _snapshot_of(recalled)
+            recalled, lines, lineage = self._recall_history(known), self._log, self._lineage
+            if recalled is not None:
+                lines = [*recalled.log, *lines]
+                if recalled.revision.generation > known.generation:  # another process of this host saw more
+                    known, lineage = _snapshot_of(recalled), recalled.lineage
+            lines = _without_repeats(line for line in lines if line.generation <= known.generation)
             revision = Revision(uuid.uuid4().hex, known.generation + 1, uuid.uuid4().hex)
             before = "nothing" if found is None else f"generation {found.generation}"
             note = AuditRecord(
@@ -403,11 +462,19 @@ class Registry:
                 f"generation {known.generation}",
                 None,
             )
-            lineage = (*self._lineage, known.revision.epoch)
+            lineage = (*lineage, known.revision.epoch)
             is_done = self._store.replace(found, Contents(revision, lineage, _writes_of(known), (*lines, note)))
         if not is_done:
             raise RegistryUnavailable("somebody else changed the registry at the same moment; look again")
         return self.snapshot()
+
+    def _recall_history(self, known: Snapshot) -> Contents | None:
+        """What is remembered, when it is of the history of a snapshot."""
+        recalled = self._memory.recall() if self._memory is not None else None
+        if recalled is None:
+            return None
+        one, other = known.revision.epoch, recalled.revision.epoch
+        return recalled if one == other or one in recalled.lineage or other in self._lineage else None
 
     # --- changing ----------------------------------------------------------------------------------------
 
@@ -439,6 +506,15 @@ def _snapshot_of(contents: Contents) -> Snapshot:
     records: dict[tuple[str, str], Record] = {}
     _apply(records, contents.writes)
     return Snapshot.of(contents.revision, records.values())
+
+
+def _without_repeats(lines: Iterable[AuditRecord]) -> list[AuditRecord]:
+    """Each line once, by rising generation: processes that share a memory saw the same."""
+    return sorted({(line.generation, line.action, line.subject): line for line in lines}.values(), key=_generation_of)
+
+
+def _generation_of(line: AuditRecord) -> int:
+    return line.generation
 
 
 def _writes_of(snapshot: Snapshot) -> tuple[Write, ...]:

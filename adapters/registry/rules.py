@@ -22,6 +22,9 @@ from adapters.registry.records import (
     GalleryMove,
     GalleryRecord,
     GalleryStatus,
+    JobAction,
+    JobPhase,
+    JobRecord,
     LeaseRecord,
     PackageInfo,
     Record,
@@ -295,6 +298,12 @@ def set_gallery_status(
                 f"gallery {name}@{version} cannot become {status} while operation {rollout.id} rolls it out",
                 param="status",
             )
+    for job in draft.before.active_jobs:
+        if (job.gallery, job.version) == (name, version):
+            raise Conflict(
+                f"gallery {name}@{version} cannot become {status} while operation {job.id} makes it live",
+                param="status",
+            )
     after = replace(record, status=status, reason=reason, updated_at=draft.now)
     draft.put(after)
     draft.note("set_gallery_status", record.key, record.status, status, reason)
@@ -322,10 +331,40 @@ def set_live_gallery(
     check_still(before, name)
     if live == version and followed == (head.follows if head else None):
         return record
-    draft.put(GalleryHead(name, version, draft.now, followed, None))
+    draft.put(GalleryHead(name, version, draft.now, followed, _canary_of(before, record, followed)))
     _touch_gallery(draft, name, live)
     draft.note("set_live_gallery", name, live, version, reason)
     return record
+
+
+def _canary_of(before: Snapshot, live: GalleryRecord | None, follows: str | None) -> int | None:
+    """The version with the same content that requests of a canary search: embedded with the canary of the alias."""
+    alias = before.records.get(("alias", follows or ""))
+    if live is None or not isinstance(alias, AliasRecord) or alias.canary is None:
+        return None
+    there = twin(before, live, before.version(alias.name, alias.canary.version).weights_digest)
+    return None if there is None else there.version
+
+
+def delete_gallery(draft: Draft, name: str, expect: Expect, reason: str | None) -> tuple[GalleryRecord, ...]:
+    """Give a gallery up, every version of it, the live one too. Raises: NotFound, Conflict while something works on it."""
+    before = draft.before
+    records = before.gallery_versions.get(check_name(name, param="gallery"), ())
+    if not records:
+        raise NotFound(f"no gallery {name!r}; {nearest(name, before.gallery_versions)}", param="gallery")
+    head = before.head(name)
+    live = head.live if head else None
+    if expect is not UNSET and expect != live:
+        raise Conflict(f"the live {name!r} is {_number(live)}, not {_number(expect)} as expected", param="expect")
+    check_still(before, name)
+    check_no_job(before, name)
+    if head is not None:
+        draft.drop(head)
+    deleted = tuple(replace(record, status="deleted", reason=reason, updated_at=draft.now) for record in records)
+    for record in deleted:
+        draft.put(record)
+    draft.note("delete_gallery", name, live, None, reason)
+    return deleted
 
 
 def _touch_gallery(draft: Draft, name: str, version: int | None) -> None:
@@ -344,6 +383,107 @@ def check_still(before: Snapshot, name: str) -> None:
                 "wait for it, or abort it",
                 param="gallery",
             )
+
+
+def check_no_job(before: Snapshot, name: str) -> None:
+    """Refuse what must not happen while a gallery is built. Raises: Conflict naming the operation."""
+    for job in before.active_jobs:
+        if job.gallery == name:
+            raise Conflict(
+                f"a {job.action} of gallery {name!r} is under way (operation {job.id}); wait for it, or abort it",
+                param="gallery",
+            )
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+def start_job(
+    draft: Draft, job_id: str, action: JobAction, gallery: str, *, adapter: str, arguments: str, join: bool
+) -> JobRecord:
+    """Let a gallery be built, or its live content be embedded anew. The same id again gives the same job.
+
+    With `join`, so does the same work that is under way by another id: whoever was interrupted goes on with it.
+    Raises: NotFound for a rebuild of what is not live, Conflict while a rollout or another job works on the gallery.
+    """
+    check_name(gallery, param="gallery")
+    known = draft.before.job(job_id)
+    if known is not None:
+        if (known.action, known.gallery, known.arguments) != (action, gallery, arguments):
+            raise Conflict(
+                f"operation {job_id} is another one: a {known.action} of {known.gallery!r}", param="idempotency_key"
+            )
+        return known
+    if draft.before.rollout(job_id) is not None:
+        raise Conflict(f"operation {job_id} is another one: a rollout", param="idempotency_key")
+    for job in draft.before.active_jobs if join else ():
+        if (job.action, job.gallery, job.arguments) == (action, gallery, arguments):
+            return job
+    check_still(draft.before, gallery)
+    check_no_job(draft.before, gallery)
+    if action == "rebuild":
+        draft.before.gallery(gallery)
+    live = draft.before.live_version(gallery)
+    job = JobRecord(job_id, action, gallery, adapter, arguments, live, "running", draft.actor, draft.now, draft.now)
+    draft.put(job)
+    draft.note(f"start_{action}", gallery, live, None, f"operation {job_id}, with {adapter}")
+    return job
+
+
+def claim_job(draft: Draft, job_id: str, replica: str, alive: Collection[str]) -> JobRecord | None:
+    """Become the one that does a job, unless somebody alive is. None when there is nothing to do."""
+    job = draft.before.job(job_id)
+    if job is None or not job.is_active or job.worker in alive:
+        return None
+    after = replace(job, worker=replica, token=job.token + 1, updated_at=draft.now)
+    draft.put(after)
+    return after
+
+
+def keep_job(draft: Draft, job_id: str, token: int, version: int) -> JobRecord:
+    """The version is made, though not live: whoever takes over need not make it again. Raises: Conflict as `finish_job`."""
+    after = replace(_running_job(draft.before, job_id, token), version=version, updated_at=draft.now)
+    draft.put(after)
+    return after
+
+
+def finish_job(draft: Draft, job_id: str, token: int, version: int, follows: str | Unset | None) -> JobRecord:
+    """Make what a job made live, and the job succeeded, in this one change.
+
+    Raises: Conflict when the token is not the latest, the job is over, or another version went live meanwhile.
+    """
+    job = _running_job(draft.before, job_id, token)
+    set_live_gallery(draft, job.gallery, version, job.from_version, follows, f"operation {job_id}")
+    return _end_job(draft, replace(job, version=version), "succeeded", None)
+
+
+def fail_job(draft: Draft, job_id: str, token: int, error: str) -> JobRecord:
+    """Nothing came of a job. Raises: Conflict when the token is not the latest, or the job is over."""
+    return _end_job(draft, _running_job(draft.before, job_id, token), "failed", error)
+
+
+def abort_job(draft: Draft, job_id: str, error: str) -> JobRecord:
+    """End a job before what it makes is live: nothing has changed. Once it is over it stays what it became."""
+    job = draft.before.job(job_id)
+    if job is None:
+        raise NotFound(f"no operation {job_id!r}", param="operation")
+    if job.phase == "succeeded":
+        raise Conflict(f"operation {job_id} has succeeded: gallery {job.gallery}@{job.version}", param="operation")
+    return job if job.phase == "failed" else _end_job(draft, job, "failed", error)
+
+
+def _running_job(before: Snapshot, job_id: str, token: int) -> JobRecord:
+    job = before.job(job_id)
+    if job is None or not job.is_active or job.token != token:
+        raise Conflict(f"operation {job_id} is over, or another replica does it", param="operation")
+    return job
+
+
+def _end_job(draft: Draft, job: JobRecord, phase: JobPhase, error: str | None) -> JobRecord:
+    after = replace(job, phase=phase, error=error, updated_at=draft.now)
+    draft.put(after)
+    draft.note(f"{job.action}_{phase}", job.gallery, job.from_version, after.version, error or f"operation {job.id}")
+    return after
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------
@@ -371,7 +511,8 @@ def start_rollout(
     """
     known = draft.before.rollout(rollout_id)
     if known is not None:
-        if (known.name, known.alias, known.to_version, known.traffic) != (name, alias, version, traffic):
+        asked = (name, alias, version, traffic, False)
+        if (known.name, known.alias, known.to_version, known.traffic, known.is_rollback) != asked:
             raise Conflict(
                 f"operation {rollout_id} is another one: {known.name}@{known.alias}", param="idempotency_key"
             )
@@ -387,6 +528,8 @@ def start_rollout(
     if traffic is not None and before is not None and before.version == version:
         raise Conflict(f"{name}@{alias} names version {version} already", param="version")
     moves, pinned = _gallery_moves(draft.before, name, alias, version, migrate=migrate)
+    for gallery in (*(move.gallery for move in moves), *pinned):
+        check_no_job(draft.before, gallery)
     if force and any(move.to_version is None for move in moves):
         names = shortened([move.gallery for move in moves if move.to_version is None])
         raise Conflict(f"{names} must be embedded anew first; without that, say so (migrate: false)", param="force")
@@ -652,9 +795,10 @@ def take_lease(draft: Draft, duty: str, replica: str, alive: Collection[str]) ->
     return lease
 
 
-def drop_rollouts(draft: Draft, older_than: float) -> int:
-    """Forget rollouts that ended before a time; how many."""
-    old = [record for record in draft.before.rollouts if not record.is_active and record.updated_at < older_than]
+def drop_operations(draft: Draft, older_than: float) -> int:
+    """Forget rollouts and jobs that ended before a time; how many."""
+    known: tuple[RolloutRecord | JobRecord, ...] = (*draft.before.rollouts, *draft.before.jobs)
+    old = [record for record in known if not record.is_active and record.updated_at < older_than]
     for record in old:
         draft.drop(record)
     return len(old)

@@ -7,13 +7,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
 from adapters.config import Strict, describe
-from adapters.errors import AdapterBankError, ConversionError, InvalidReference
+from adapters.errors import AdapterBankError, ConversionError, InvalidReference, UnsafePath
 from service.gallery.files import canonical_json, stamp
 from service.gallery.manifest import MAX_ID_CHARS, GalleryKind, check_item_id
 
@@ -74,6 +74,48 @@ def read_sources(path: Path, kind: GalleryKind | None = None) -> list[Source]:
             f"{path.name} holds {' and '.join(sorted(kinds))} items; a gallery holds {wanted}", param="source"
         )
     return [source for _, source in placed]
+
+
+def allowed_path(wanted: str, folders: Sequence[Path]) -> Path:
+    """The folder or manifest that a source names, links followed: an absolute path, or one below one of these folders.
+
+    What lies elsewhere is refused alike, whether it exists or not.
+    Raises: UnsafePath, ConversionError when it lies in one of the folders and is neither.
+    """
+    roots = [folder.resolve() for folder in folders]
+    found = [path for root in roots if (path := _resolved(root / wanted)) is not None and _is_within(path, roots)]
+    if not found:
+        raise UnsafePath("the source lies outside the folders that BANK_GALLERY_SOURCES names", param="source")
+    for path in found:
+        if os.path.isdir(path) or (path.suffix == ".jsonl" and os.path.isfile(path)):
+            return path
+    raise ConversionError(f"{found[0].name[:MAX_ID_CHARS]} is neither a folder nor a .jsonl file", param="source")
+
+
+def confined(sources: Iterable[Source], folders: Sequence[Path]) -> list[Source]:
+    """Sources with links followed; one whose file lies outside of these folders gets a `problem`, and is not opened."""
+    roots = [folder.resolve() for folder in folders]
+    return [source if source.file is None else _confined(source, source.file, roots) for source in sources]
+
+
+def _confined(source: Source, file: Path, roots: Sequence[Path]) -> Source:
+    path = _resolved(file)
+    if path is not None and _is_within(path, roots):
+        return replace(source, file=path)
+    problem = source.problem or "its file lies outside the folders that galleries may be built from"
+    return replace(source, file=None, problem=problem)
+
+
+def _resolved(path: Path) -> Path | None:
+    """With links followed; None where that leads nowhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop, or a name no file can have
+        return None
+
+
+def _is_within(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def sources_digest(sources: Iterable[Source]) -> str:

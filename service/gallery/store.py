@@ -23,7 +23,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,11 @@ import numpy.typing as npt
 
 from adapters.config import check_name
 from adapters.errors import DigestMismatch, InvalidPackage, InvalidReference, UnsafePath
-from service.errors import GalleryNotFound, MissingMedia
+from service.errors import GalleryBusy, GalleryNotFound, MissingMedia
 from service.gallery.build import SHARD_SIZE, GalleryBuild
 from service.gallery.files import (
     digest_of,
+    locked,
     mapped_array,
     mapped_bytes,
     record_highest_version,
@@ -279,9 +281,30 @@ class GalleryStore:
         with self._lock:
             return (name, version) in self._open
 
+    def opened(self) -> list[tuple[str, int]]:
+        """The (name, version) of what is in memory."""
+        with self._lock:
+            return list(self._open)
+
+    def manifest(self, name: str, version: int) -> GalleryManifest:
+        """What a version is, without opening it. Raises: as `versions`, InvalidPackage."""
+        path = self._version_folder(name, version) / "manifest.json"
+        try:
+            return GalleryManifest.parse(path.read_bytes())
+        except OSError as error:
+            raise GalleryNotFound(f"gallery {name!r} has no version {version} any more", param="version") from error
+
     def build(self, plan: GalleryPlan, sources: Sequence[Source], *, shard_size: int = SHARD_SIZE) -> GalleryBuild:
         """Begin or carry on a build. Raises: as `GalleryBuild`."""
         return GalleryBuild(self.root, plan, sources, shard_size=shard_size)
+
+    def sweep_builds(self, before: float, keep: Collection[str] = ()) -> None:
+        """Remove the work of builds that nobody went on with since a time (seconds since 1970), but of galleries to `keep`."""
+        for work in self.root.glob("*/.build-*"):
+            if work.parent.name in keep or work.stat().st_mtime >= before:
+                continue
+            with suppress(GalleryBusy), locked(work.parent / ".lock", work.parent.name):
+                shutil.rmtree(work, ignore_errors=True)
 
     def release(self, name: str, version: int) -> None:
         """Forget an open version; whoever holds it may go on using it."""

@@ -22,7 +22,7 @@ from service.http.exchange import Exchange
 from service.http.limits import BodyLimit, LoopbackOnly
 from service.http.middleware import Attended, Exchanges
 from service.http.openapi import describe
-from service.http.routes import adapters, deployments, galleries, operations, ops, retrieve, vqa
+from service.http.routes import adapters, deployments, galleries, gallery_changes, operations, ops, retrieve, vqa
 from service.http.routes.ops import CONSOLE_FOLDER
 from service.metrics import Metrics
 from service.runtime import Runtime
@@ -99,7 +99,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app.state.runtime = runtime
     app.state.keys = keys
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    for module in (vqa, retrieve, adapters, deployments, operations, galleries, ops):
+    for module in (vqa, retrieve, adapters, deployments, operations, galleries, gallery_changes, ops):
         app.include_router(module.router)
     app.mount("/console", StaticFiles(directory=CONSOLE_FOLDER), name="console")
     return app

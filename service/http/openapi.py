@@ -12,6 +12,7 @@ from service.errors import Forbidden, Unauthenticated
 from service.http.access import KEY_HEADER, OPEN, access_of
 from service.http.bodies import FORM_FIELD
 from service.http.errors import TABLE
+from service.http.operator_schemas import PackageSource
 from service.http.schemas import REQUESTS, ErrorReply
 
 _REFUSED_WITH = (Unauthenticated, Forbidden)
@@ -71,7 +72,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
         )
-        _, definitions = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=_REF_TEMPLATE)
+        models: list[type[BaseModel]] = [*REQUESTS, PackageSource]
+        _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF_TEMPLATE)
         schemas = document["components"]["schemas"]
         document["components"]["schemas"] = dict(sorted((schemas | definitions["$defs"]).items()))
         _say_who_may(document)

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from adapters.registry import UNSET, AliasRecord, AuditRecord, Expect, Replica
-from service.http.schemas import Model, RequestModel, examples
+from service.gallery.frames import Pooling
+from service.gallery.index import IndexKind
+from service.http.schemas import Model, Reference, RequestModel, examples
 from service.lifecycle.deployments import DEFAULT_TIMEOUT_S, Operation
 
 MAX_REASON_CHARS = 1_000
@@ -63,6 +65,42 @@ class ReasonRequest(RequestModel):
     reason: Reason = None
 
 
+class BuildRequest(RequestModel):
+    """What a gallery shall hold, and what embeds it."""
+
+    model_config = examples(
+        {"source": "/data/media/clips", "adapter": "my-retrieval"},
+        {"source": "clips.jsonl", "adapter": "my-retrieval@3", "pooling": "frame_attention", "index": "hnsw"},
+    )
+
+    source: str = Field(
+        min_length=1,
+        max_length=4_096,
+        description="A folder of media, or a manifest NAME.jsonl, on the server and in a folder that it may read from.",
+    )
+    adapter: Reference = Field(description="What embeds it.")
+    pooling: Pooling = "mean"
+    index: IndexKind = "flat"
+    copy_media: bool = Field(default=False, description="Keep copies of the media in the gallery.")
+
+
+class RebuildRequest(RequestModel):
+    """With which adapter a gallery shall be embedded anew."""
+
+    model_config = examples({}, {"adapter": "my-retrieval@4"})
+
+    adapter: Reference | None = Field(default=None, description="Default: what the alias it follows names now.")
+
+
+class DeletedGalleryReply(Model):
+    """What was given up."""
+
+    model_config = examples({"name": "clips", "versions": [1, 2]})
+
+    name: str
+    versions: list[int]
+
+
 class PackageSource(RequestModel):
     """Where the server fetches a package from. The operator allows the schemes."""
 
@@ -78,6 +116,7 @@ class OperationReply(Model):
         {
             "id": "0f3a5c7e9b1d2f46",
             "kind": "rollout",
+            "adapter": "vqa",
             "subject": "vqa@prod",
             "status": "running",
             "phase": "preparing",
@@ -99,22 +138,23 @@ class OperationReply(Model):
     )
 
     id: str
-    kind: Literal["validation", "rollout", "canary", "rollback"]
-    subject: str = Field(description="name@alias, or name@version.")
+    kind: Literal["validation", "rollout", "canary", "rollback", "gallery"]
+    adapter: str = Field(description="The name of the adapter it is about, or `__base__`.")
+    subject: str = Field(description="name@alias, name@version, or the gallery that is built.")
     status: Literal["running", "succeeded", "failed"]
     phase: str
     actor: str
     reason: str | None
     error: str | None
     from_version: int | None
-    to_version: int
+    to_version: int | None = Field(description="Of a gallery: null until it is made.")
     traffic: float | None
     started_at: float = Field(description="Seconds since 1970, as all times here.")
     updated_at: float
     deadline: float | None
     waiting_for: list[str] = Field(description="Living replicas that are not ready yet.")
     laggards: list[str] = Field(description="Living replicas that do not serve the outcome yet.")
-    progress: tuple[int, int] | None = Field(description="Items embedded anew, and of how many.")
+    progress: tuple[int, int] | None = Field(description="Items embedded, and of how many.")
     galleries: list[str] = Field(description="Galleries that move with it.")
     pinned_galleries: list[str] = Field(description="Galleries that stay behind.")
 

@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters.registry import Snapshot, VersionRecord
+from adapters.registry import GalleryRecord, Snapshot, VersionRecord
+from service.gallery.manifest import GalleryManifest
 from service.types import (
     AdapterInfo,
     GalleryMedia,
@@ -514,6 +515,23 @@ class AdaptersReply(Model):
 # --- Galleries --------------------------------------------------------------------------------------------------
 
 
+class GalleryVersion(Model):
+    """One version of a gallery, whether it is searched or not."""
+
+    model_config = examples({"version": 3, "status": "ready", "live": True, "adapter": "retrieval"})
+
+    version: int
+    status: Literal["building", "ready", "retired", "failed", "deleted"]
+    live: bool
+    adapter: str = Field(description="The name of what embedded it, or a digest where no name is known.")
+
+    @classmethod
+    def of(cls, record: GalleryRecord, live: int | None) -> "GalleryVersion":
+        """From a registry record."""
+        adapter = record.adapter_name or record.adapter
+        return cls(version=record.version, status=record.status, live=record.version == live, adapter=adapter)
+
+
 class GalleryDetails(Model):
     """A gallery and the version of it that is searched."""
 
@@ -531,6 +549,7 @@ class GalleryDetails(Model):
             "tau": 2.0,
             "index": "flat",
             "created_at": "2025-11-20T12:00:00Z",
+            "history": [{"version": 3, "status": "ready", "live": True, "adapter": "retrieval"}],
         }
     )
 
@@ -546,6 +565,27 @@ class GalleryDetails(Model):
     tau: float
     index: str
     created_at: datetime
+    history: list[GalleryVersion] = Field(description="All versions that were not deleted.")
+
+    @classmethod
+    def of(cls, manifest: GalleryManifest, view: Snapshot, versions: list[int]) -> "GalleryDetails":
+        """From a version's manifest and a registry as whoever asks may see it; `versions` can be opened."""
+        by, live = manifest.adapter, view.live_version(manifest.name)
+        return cls(
+            name=manifest.name,
+            kind=manifest.kind,
+            version=manifest.version,
+            versions=versions,
+            num_items=manifest.num_items,
+            num_quarantined=manifest.num_quarantined,
+            adapter=AdapterReply(name=by.name, version=by.version, digest=by.weights_digest or by.name, alias=None),
+            embedding_key=manifest.embedding_key,
+            pooling=manifest.pooling,
+            tau=manifest.tau,
+            index=manifest.index,
+            created_at=manifest.created_at,
+            history=[GalleryVersion.of(record, live) for record in view.gallery_versions.get(manifest.name, ())],
+        )
 
 
 class GalleriesReply(Model):

@@ -1,4 +1,4 @@
-"""What operators do to adapters: push, promote, roll back, retire, delete; and what has become of it.
+"""What operators do to adapters and galleries: push, promote, roll back, retire, build, delete; and what has become of it.
 
 Works on a registry and an artifact store alone, so the command line does the same to a home without a server as the
 HTTP routes do on a running one. Any thread. Long work is an operation: its record is in the registry, its steps are
@@ -13,40 +13,55 @@ from pathlib import Path
 from typing import Literal
 
 from adapters.artifacts import ArtifactStore
-from adapters.config import check_name
-from adapters.errors import Conflict, NotFound
+from adapters.config import BASE_ADAPTER, check_name
+from adapters.errors import AdapterNotFound, Conflict, NotFound
 from adapters.package import read_package
 from adapters.registry import (
     DEFAULT_ALIAS,
     UNSET,
     AliasRecord,
+    BaseReference,
+    DigestReference,
     Expect,
+    GalleryRecord,
+    JobRecord,
     PackageInfo,
     Registry,
     Replica,
     RolloutRecord,
+    Snapshot,
     VersionRecord,
+    parse_reference,
 )
+from adapters.registry.records import JobAction, nearest
+from service.auth import LOCAL, Principal
+from service.errors import BadQuery, Forbidden, GalleryNotFound
+from service.lifecycle.jobs import JobArguments, embedder_of
 from service.lifecycle.lifecycle import EXPIRY_S
+from service.pipelines.galleries import forbidden_gallery
+from service.views import visible
 
 VALIDATION_PREFIX = "validation-"
 DEFAULT_TIMEOUT_S = 600.0
 
-OperationKind = Literal["validation", "rollout", "canary", "rollback"]
+OperationKind = Literal["validation", "rollout", "canary", "rollback", "gallery"]
 OperationStatus = Literal["running", "succeeded", "failed"]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Long work, as it stands. `subject` is name@alias or name@version; times are seconds since 1970.
+    """Long work, as it stands. `subject` is name@alias, name@version or a gallery; times are seconds since 1970.
 
+    adapter       the name of the adapter it is about
+    to_version    None for a gallery whose version is not there yet
     waiting_for   living replicas that are not ready yet
     laggards      living replicas that do not serve the outcome yet
-    progress      (done, total) items of the gallery that is being embedded anew
+    progress      (done, total) items of the gallery that is being embedded
     """
 
     id: str
     kind: OperationKind
+    adapter: str
     subject: str
     status: OperationStatus
     phase: str
@@ -54,7 +69,7 @@ class Operation:
     reason: str | None
     error: str | None
     from_version: int | None
-    to_version: int
+    to_version: int | None
     traffic: float | None
     started_at: float
     updated_at: float
@@ -64,11 +79,6 @@ class Operation:
     progress: tuple[int, int] | None = None
     galleries: tuple[str, ...] = ()
     pinned_galleries: tuple[str, ...] = ()
-
-    @property
-    def adapter(self) -> str:
-        """The adapter it is about."""
-        return self.subject.partition("@")[0]
 
     @property
     def is_running(self) -> bool:
@@ -180,6 +190,112 @@ class Deployments:
         """Take a canary's share back. Raises: AdapterNotFound, Conflict when there is none."""
         return self._registry.end_canary(name, alias, expect=expect, reason=reason, actor=actor)
 
+    # --- galleries ---------------------------------------------------------------------------------------
+
+    def build_gallery(
+        self, name: str, wanted: JobArguments, *, principal: Principal = LOCAL, actor: str, key: str | None = None
+    ) -> Operation:
+        """Let a gallery be built, by a server that lives; `wanted` says from what, and with which adapter.
+
+        The same work that is under way already is joined, unless `key` names another request.
+        Raises: Forbidden, AdapterNotFound, BadQuery for an adapter that does not retrieve, Conflict; UnsafePath and
+        ConversionError for a source that may not be read, or is none.
+        """
+        assert wanted.adapter is not None and wanted.source is not None, "a build from nothing. This is a bug."
+        snapshot = self._registry.snapshot()
+        check_owner(snapshot, name, principal)
+        adapter = embedder_name(snapshot, wanted.adapter, principal)
+        return self._start_job("build", name, adapter, wanted.located(), principal, actor, key)
+
+    def rebuild_gallery(
+        self,
+        name: str,
+        adapter: str | None = None,
+        *,
+        principal: Principal = LOCAL,
+        actor: str,
+        key: str | None = None,
+    ) -> Operation:
+        """Let the live content of a gallery be embedded anew: with an adapter, by default the one it goes with.
+
+        Raises: GalleryNotFound, Forbidden, AdapterNotFound, BadQuery for an adapter that does not retrieve, Conflict.
+        """
+        snapshot = self._registry.snapshot()
+        check_owner(snapshot, name, principal)
+        embedder = embedder_name(snapshot, adapter or self._embedder(snapshot, name, principal), principal)
+        return self._start_job("rebuild", name, embedder, JobArguments(adapter=adapter), principal, actor, key)
+
+    def _embedder(self, snapshot: Snapshot, name: str, principal: Principal) -> str:
+        try:
+            visible(snapshot, principal).gallery(name)  # whose message lists what may be seen
+            return embedder_of(snapshot, name)
+        except NotFound as error:
+            raise GalleryNotFound(error.message, param="gallery") from error
+
+    def _start_job(
+        self,
+        action: JobAction,
+        name: str,
+        adapter: str,
+        wanted: JobArguments,
+        principal: Principal,
+        actor: str,
+        key: str | None,
+    ) -> Operation:
+        arguments = wanted.model_copy(update={"principal": principal.id, "adapters": principal.adapters})
+        job = self._registry.start_job(
+            action,
+            name,
+            job_id=operation_id(actor, key),
+            adapter=adapter,
+            arguments=arguments.text(),
+            join=key is None,
+            actor=actor,
+        )
+        return self._of_job(job)
+
+    def delete_gallery(
+        self,
+        name: str,
+        *,
+        expect: Expect = UNSET,
+        reason: str | None = None,
+        principal: Principal = LOCAL,
+        actor: str,
+    ) -> tuple[GalleryRecord, ...]:
+        """Give a gallery up with all its versions; files go after a day. Searches under way finish.
+
+        Raises: GalleryNotFound, Forbidden, Conflict while something works on it or when `expect` is not live.
+        """
+        snapshot = self._registry.snapshot()
+        check_owner(snapshot, name, principal)
+        known = visible(snapshot, principal).gallery_versions
+        if name not in known:
+            raise GalleryNotFound(f"no gallery {name!r}; {nearest(name, known)}", param="gallery")
+        return self._registry.delete_gallery(name, expect=expect, reason=reason, actor=actor)
+
+    def delete_gallery_version(
+        self,
+        name: str,
+        version: int,
+        *,
+        reason: str | None = None,
+        principal: Principal = LOCAL,
+        actor: str,
+    ) -> GalleryRecord:
+        """Give one version up that is not live. Raises: GalleryNotFound, Forbidden, Conflict while it is searched."""
+        snapshot = self._registry.snapshot()
+        view = visible(snapshot, principal)
+        if name in snapshot.gallery_versions and name not in view.gallery_versions:
+            raise forbidden_gallery(name)
+        try:
+            view.gallery(name, version)
+        except NotFound as error:
+            if any(record.version == version for record in snapshot.gallery_versions.get(name, ())):
+                raise forbidden_gallery(name) from None
+            raise GalleryNotFound(error.message, param="version") from error
+        return self._registry.set_gallery_status(name, version, "deleted", reason=reason, actor=actor)
+
     # --- operations --------------------------------------------------------------------------------------
 
     def operation(self, wanted: str) -> Operation:
@@ -190,19 +306,26 @@ class Deployments:
             if version.isdecimal():
                 return self.of_version(snapshot.version(check_name(name), int(version)))
         rollout = snapshot.rollout(wanted)
-        if rollout is None:
+        if rollout is not None:
+            return self._of_rollout(rollout)
+        job = snapshot.job(wanted)
+        if job is None:
             raise NotFound(f"no operation {wanted[:64]!r}", param="operation")
-        return self._of_rollout(rollout)
+        return self._of_job(job)
 
     def operations(self) -> list[Operation]:
         """Every operation that is remembered, the latest first."""
         snapshot = self._registry.snapshot()
         rollouts = [self._of_rollout(rollout) for rollout in snapshot.rollouts]
+        jobs = [self._of_job(job) for job in snapshot.jobs]
         staged = [self.of_version(v) for v in snapshot.versions if v.status in ("staged", "validating")]
-        return sorted([*rollouts, *staged], key=lambda operation: operation.started_at, reverse=True)
+        return sorted([*rollouts, *jobs, *staged], key=lambda operation: operation.started_at, reverse=True)
 
     def abort(self, wanted: str, *, reason: str | None = None, actor: str) -> Operation:
-        """End a rollout before its commit. Raises: NotFound; Conflict once it is committed."""
+        """End a rollout before its commit, or a job before its end. Raises: NotFound; Conflict once it has succeeded."""
+        snapshot = self._registry.snapshot()
+        if snapshot.rollout(wanted) is None and snapshot.job(wanted) is not None:
+            return self._of_job(self._registry.abort_job(wanted, reason or f"aborted by {actor}", actor=actor))
         aborted = self._registry.abort_rollout(wanted, reason or f"aborted by {actor}", actor=actor)
         assert aborted is not None, "only what waits for its deadline stays. This is a bug."
         return self._of_rollout(aborted)
@@ -217,6 +340,7 @@ class Deployments:
         return Operation(
             f"{VALIDATION_PREFIX}{record.key}",
             "validation",
+            record.name,
             record.key,
             states.get(record.status, "succeeded"),
             record.status,
@@ -240,6 +364,7 @@ class Deployments:
         return Operation(
             rollout.id,
             "rollback" if rollout.is_rollback else "canary" if rollout.traffic is not None else "rollout",
+            rollout.name,
             f"{rollout.name}@{rollout.alias}",
             status,
             rollout.phase,
@@ -259,6 +384,61 @@ class Deployments:
             rollout.pinned,
         )
 
+    def _of_job(self, job: JobRecord) -> Operation:
+        living = self.living()
+        generation = self._registry.revision().generation
+        behind = tuple(r.id for r in living if r.generation < generation) if job.phase == "succeeded" else ()
+        return Operation(
+            job.id,
+            "gallery",
+            job.adapter,
+            job.gallery,
+            job.phase,
+            "waiting" if job.is_active and job.worker is None else job.phase,
+            job.actor,
+            None,
+            job.error,
+            job.from_version,
+            job.version,
+            None,
+            job.started_at,
+            job.updated_at,
+            None,
+            laggards=behind,
+            progress=_progress_of(job.id, living) if job.is_active else None,
+            galleries=(job.gallery,),
+        )
+
+
+def check_owner(snapshot: Snapshot, gallery: str, principal: Principal) -> None:
+    """Nobody touches a gallery of which a version belongs to an adapter they may not use. Raises: Forbidden."""
+    records = snapshot.gallery_versions.get(check_name(gallery, param="gallery"), ())
+    if len(visible(snapshot, principal).gallery_versions.get(gallery, ())) < len(records):
+        raise forbidden_gallery(gallery)
+
+
+def embedder_name(snapshot: Snapshot, reference: str, principal: Principal) -> str:
+    """The name of the adapter that a gallery shall be embedded with.
+
+    Raises: InvalidReference, Forbidden, AdapterNotFound, BadQuery for one that does not retrieve.
+    """
+    parsed = parse_reference(reference)
+    if isinstance(parsed, BaseReference):
+        principal.check_adapter(BASE_ADAPTER)
+        return BASE_ADAPTER
+    if not isinstance(parsed, DigestReference):
+        principal.check_adapter(parsed.name)  # before looking: nobody learns whether others' names exist
+    try:
+        record = visible(snapshot, principal).resolve(parsed)
+    except AdapterNotFound:
+        if isinstance(parsed, DigestReference) and snapshot.with_digest(parsed.digest):
+            message = f"this key may use none of the adapters with the digest {parsed.digest}"
+            raise Forbidden(message, reason="pattern", param="adapter") from None
+        raise
+    if record.task != "retrieval":
+        raise BadQuery(f"{record.reference} was made for {record.task}, not for retrieval", param="adapter")
+    return record.name
+
 
 def operation_id(actor: str, key: str | None) -> str:
     """The id of a new operation; of the same one again for the same actor and key."""
@@ -267,11 +447,11 @@ def operation_id(actor: str, key: str | None) -> str:
     return hashlib.sha256(f"{actor}\0{key}".encode()).hexdigest()[:16]
 
 
-def _progress_of(rollout_id: str, replicas: Iterable[Replica]) -> tuple[int, int] | None:
-    """What the replica that migrates for it last said."""
+def _progress_of(operation: str, replicas: Iterable[Replica]) -> tuple[int, int] | None:
+    """What the replica that embeds for it last said."""
     for replica in replicas:
         progress = replica.details.get("progress")
-        found = progress.get(rollout_id) if isinstance(progress, dict) else None
+        found = progress.get(operation) if isinstance(progress, dict) else None
         if isinstance(found, list) and len(found) == 2:
             return int(found[0]), int(found[1])
     return None

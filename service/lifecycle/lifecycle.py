@@ -1,7 +1,7 @@
 """What a running server does besides answering: be known to the others, and bring itself to what the registry says.
 
     every 2 s            a sign of life, and the registry's state on a disk of our own
-    at each change,      rollouts are advanced, staged versions validated, a lost registry restored, and now and then
+    at each change,      rollouts and jobs are advanced, staged versions validated, a lost registry restored, and now and then
     every second at      what nothing refers to is swept
     the latest
 
@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from adapters.errors import AdapterBankError, RegistryUnavailable
 from adapters.registry import Registry, Replica, VersionRecord
 from service.errors import DeadlineExceeded
+from service.lifecycle.jobs import Jobs
 from service.lifecycle.rollouts import TRANSIENT, Rollouts
 from service.lifecycle.sweeper import Sweeper
 from service.loader import Loader
@@ -46,6 +47,7 @@ class Lifecycle:
         registry: Registry,
         loader: Loader,
         rollouts: Rollouts,
+        jobs: Jobs,
         sweeper: Sweeper,
         metrics: Metrics,
         *,
@@ -57,6 +59,7 @@ class Lifecycle:
         self._registry = registry
         self._loader = loader
         self._rollouts = rollouts
+        self._jobs = jobs
         self._sweeper = sweeper
         self._metrics = metrics
         self._validate = validate
@@ -86,6 +89,7 @@ class Lifecycle:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
+        await self._jobs.close()
         await self._rollouts.close()
         try:
             await asyncio.to_thread(self._registry.forget, self.replica_id)
@@ -105,7 +109,8 @@ class Lifecycle:
                 log.exception("no sign of life could be given")
 
     async def _beat(self) -> None:
-        progress = {name: [p.done, p.total] for name, p in self._rollouts.progress.items()}
+        running = self._rollouts.progress | self._jobs.progress
+        progress = {name: [p.done, p.total] for name, p in running.items()}
         details = {**self._describe(), "progress": progress}
         replica = Replica(self.replica_id, self._loader.snapshot.generation, self._is_serving, details)
         await asyncio.to_thread(self._beat_now, replica)
@@ -135,7 +140,8 @@ class Lifecycle:
             except Exception:
                 log.exception("a duty failed")  # and will be tried again: nothing ends the loop
             try:
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):  # wait_for could lose a cancellation that comes with the wake-up
+                    await self._wake.wait()
             except TimeoutError:
                 continue
             self._wake.clear()
@@ -147,14 +153,16 @@ class Lifecycle:
         self._lost_since = None
         snapshot = self._loader.snapshot
         waiting = [v for v in snapshot.versions if v.status in ("staged", "validating")]
-        if snapshot.active_rollouts or waiting or self._sweeper.is_due():
+        if snapshot.active_rollouts or snapshot.active_jobs or waiting or self._sweeper.is_due():
             alive = await self.alive()
             await self._rollouts.advance(snapshot, alive)
+            await self._jobs.advance(snapshot, alive)
             if waiting and (self._validating is None or self._validating.done()):
                 self._validating = asyncio.create_task(self._validate_all(waiting, alive))
             await self._sweeper.sweep_if_due(snapshot, alive)
         else:
             await self._rollouts.advance(snapshot, ())
+            await self._jobs.advance(snapshot, ())
 
     async def _validate_all(self, waiting: list[VersionRecord], alive: set[str]) -> None:
         """Validate one version after the other, those that nobody else does."""
@@ -168,6 +176,8 @@ class Lifecycle:
                     await self._decide(claimed)
             except AdapterBankError as error:
                 log.warning("%s could not be validated: %s", version.reference, error.message)
+            except Exception:
+                log.exception("%s could not be validated", version.reference)  # and keeps no other version waiting
         await self._loader.refresh()
 
     async def _decide(self, version: VersionRecord) -> None:

@@ -1,4 +1,4 @@
-"""Collects what nothing refers to any more: packages, gallery versions, the records of old rollouts. One replica at a time."""
+"""Collects what nothing refers to any more: packages, gallery versions, records of old operations. One replica at a time."""
 
 import asyncio
 import logging
@@ -56,7 +56,10 @@ class Sweeper:
     def sweep(self, snapshot: Snapshot) -> None:
         """Remove what has been of no use for the grace period. Any thread."""
         before = self._registry.now() - self._grace_s
-        self._registry.drop_rollouts(before)
+        self._registry.drop_operations(before)
+        for replica in self._registry.replicas():
+            if replica.age_s > self._grace_s:
+                self._registry.forget(replica.id)
         self._sweep_packages(snapshot, before)
         self._sweep_galleries(snapshot, before)
 
@@ -73,12 +76,14 @@ class Sweeper:
             log.info("swept package %s", entry.digest)
 
     def _sweep_galleries(self, snapshot: Snapshot, before: float) -> None:
-        """Delete superseded versions nothing points to, and the files of deleted ones."""
+        """Delete superseded versions nothing points to, the files of deleted ones, and what given-up builds left."""
         rolling = {
             (m.gallery, v) for r in snapshot.active_rollouts for m in r.moves for v in (m.from_version, m.to_version)
         }
+        built = {job.gallery for job in snapshot.active_jobs}
+        self._galleries.sweep_builds(before, keep={*built, *(gallery for gallery, _ in rolling)})
         for record in snapshot.galleries:
-            if record.updated_at >= before or record.status == "building":
+            if record.updated_at >= before or record.status == "building" or record.name in built:
                 continue
             head = snapshot.head(record.name)
             if (head is not None and record.version in (head.live, head.canary)) or (

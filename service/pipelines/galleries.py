@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast, get_args
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from adapters.config import BASE_ADAPTER, check_name
 from adapters.errors import AdapterBankError, NotFound
-from adapters.registry import GalleryRecord, Registry, Snapshot
-from adapters.registry.rules import check_still
+from adapters.registry import AliasReference, GalleryRecord, Registry, Snapshot, parse_reference
+from adapters.registry.rules import check_no_job, check_still, twin
 from service.auth import Principal
 from service.errors import (
     BadMedia,
@@ -109,18 +109,15 @@ class Galleries:
 
     async def version(self, name: str, version: int, principal: Principal) -> Gallery:
         """One version, open. Raises: GalleryNotFound, Forbidden when it belongs to an adapter that may not be used."""
-        if not principal.sees_all:  # before the folder is looked at, whose errors list everything
-            await self._record(name, version, principal)
+        await self._record(name, version, principal)  # a deleted version's folder stays for a while
         gallery = await asyncio.to_thread(self.store.open, name, version)
         if not principal.allows(gallery.manifest.adapter.name):
-            raise _forbidden(name)
+            raise forbidden_gallery(name)
         return gallery
 
     async def versions(self, name: str, principal: Principal) -> list[int]:
         """The numbers of the versions that can be opened. Raises: GalleryNotFound."""
         numbers = await asyncio.to_thread(self.store.versions, name)
-        if principal.sees_all:
-            return numbers
         seen = {record.version for record in self._loader.view(principal).gallery_versions.get(name, ())}
         return [number for number in numbers if number in seen]
 
@@ -128,6 +125,7 @@ class Galleries:
         self, name: str, version: int | None, principal: Principal, routing_key: str | None = None
     ) -> GalleryRecord:
         """What the registry knows of a version, by default the live one; it is looked at once more for what is new."""
+        await self._loader.catch_up()
         try:
             return self._find(name, version, principal, routing_key)
         except (GalleryNotFound, Forbidden):
@@ -140,7 +138,7 @@ class Galleries:
             return self._loader.view(principal).gallery(name, version, routing_key)
         except NotFound as error:
             if _has_gallery(self._loader.snapshot, name, version):
-                raise _forbidden(name) from None
+                raise forbidden_gallery(name) from None
             raise GalleryNotFound(error.message, param="gallery") from error
 
     async def medium(self, name: str, item_id: str, principal: Principal) -> Medium:
@@ -194,21 +192,49 @@ class Galleries:
         ConversionError when nothing is left.
         """
         await self._loader.refresh()
-        self._check_takeover(name, context.principal)
-        check_still(self._loader.snapshot, name)
+        check_no_job(self._loader.snapshot, name)
         live = self._loader.snapshot.live_version(check_name(name, param="gallery"))
-        async with self._loader.pin(adapter, context.principal) as pin:
-            record = await self._embed_version(name, pin, sources, options, context, report, content=None)
-            follows = None if pin.info.alias is None else f"{pin.info.name}@{pin.info.alias}"
-            others = standby_versions(self._loader.snapshot, follows, self._registry.now() - self._rollback_window_s)
-        for reference in others:
-            async with self._loader.pin(reference, context.principal) as pin:
-                await self._embed_version(name, pin, sources, options, context, None, content=record.content)
+        record = await self.embed(name, adapter, sources, options, context, report)
         went_live = await asyncio.to_thread(
-            self._registry.set_live_gallery, name, record.version, expect=live, follows=follows
+            self._registry.set_live_gallery, name, record.version, expect=live, follows=follows_of(adapter)
         )
         assert went_live is not None
         return went_live
+
+    async def embed(
+        self,
+        name: str,
+        adapter: str,
+        sources: list[Source],
+        options: BuildOptions,
+        context: RequestContext,
+        report: Callable[[BuildProgress], None] | None = None,
+        *,
+        made: int | None = None,
+        keep: Callable[[GalleryRecord], Awaitable[None]] | None = None,
+    ) -> GalleryRecord:
+        """The first part of `build`: the new versions are ready, and none is live.
+
+        `keep` is told of the version as soon as it is there; `made` is the version that it told an earlier attempt of.
+        Raises: as `build`.
+        """
+        await self._loader.refresh()
+        self._check_takeover(name, context.principal)
+        check_still(self._loader.snapshot, name)
+        if made is None:
+            async with self._loader.pin(adapter, context.principal) as pin:
+                record = await self._embed_version(name, pin, sources, options, context, report, content=None)
+            if keep is not None:
+                await keep(record)
+            await self._loader.refresh()
+        else:
+            record = self._loader.snapshot.gallery(name, made)
+        since = self._registry.now() - self._rollback_window_s
+        for reference in standby_versions(self._loader.snapshot, follows_of(adapter), since):
+            async with self._loader.pin(reference, context.principal) as pin:
+                if twin(self._loader.snapshot, record, pin.digest) is None:
+                    await self._embed_version(name, pin, sources, options, context, None, content=record.content)
+        return record
 
     async def rebuild(
         self,
@@ -265,7 +291,7 @@ class Galleries:
         """Nobody puts a version of their own in the place of one they may not see. Raises: Forbidden."""
         versions = self._loader.snapshot.gallery_versions.get(name, ())
         if len(versions) > len(self._loader.view(principal).gallery_versions.get(name, ())):
-            raise _forbidden(name)
+            raise forbidden_gallery(name)
 
     def _plan(self, name: str, pin: Pin, options: BuildOptions) -> GalleryPlan:
         is_base = pin.digest == BASE_ADAPTER
@@ -373,6 +399,12 @@ class Galleries:
         )
 
 
+def follows_of(adapter: str) -> str | None:
+    """The "name@alias" that a gallery embedded with this reference goes with; None for a fixed version."""
+    reference = parse_reference(adapter)
+    return f"{reference.name}@{reference.alias}" if isinstance(reference, AliasReference) else None
+
+
 def _has_gallery(snapshot: Snapshot, name: str, version: int | None) -> bool:
     try:
         snapshot.gallery(name, version)
@@ -381,7 +413,8 @@ def _has_gallery(snapshot: Snapshot, name: str, version: int | None) -> bool:
     return True
 
 
-def _forbidden(name: str) -> Forbidden:
+def forbidden_gallery(name: str) -> Forbidden:
+    """What a key is told that may not use a gallery."""
     return Forbidden(f"this key may not use the gallery {name!r}", reason="pattern", param="gallery")
 
 

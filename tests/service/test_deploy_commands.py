@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from adapters.errors import AdapterBankError
 from service.cli import app
 from service.deploy_commands import OPERATION_FAILED, read_share
+from service.folders import HomeFolders, open_registry
 from service.lifecycle.writing import write_probed_package
 from tests.service.http.serving import served
 from tests.service.worlds import World, adapter_config, random_tensors
@@ -100,6 +101,23 @@ def test_lines_for_people(bank: Bank, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*words, *bank.place])
         assert result.exit_code == 0 and result.stdout.strip(), words
     assert "new@1  vqa  rank 4  ready  prod" in CliRunner().invoke(app, ["adapters", *bank.place]).stdout
+
+
+def test_a_registry_that_is_gone_is_put_back(world: World, tmp_path: Path) -> None:
+    copied = world.copy(tmp_path)
+    bank = Bank(copied, ["--home", str(copied.settings.home)])
+    folders = HomeFolders(copied.settings.home)
+    known = bank.run("adapters")
+    registry = open_registry(copied.settings)
+    registry.snapshot()
+    registry.remember()
+    registry.close()
+    assert "is not lost" in bank.refused("registry", "restore")
+    for path in folders.root.glob("registry.sqlite*"):
+        path.unlink()
+    assert "empty" in bank.refused("adapters")
+    assert bank.run("registry", "restore")["adapters"] == len(known)
+    assert bank.run("adapters") == known
 
 
 @pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("99.9%", 0.999)])

@@ -61,12 +61,16 @@ class Watched(Registry):
 
     num_looks = 0
     is_away = False
+    is_slow: threading.Event | None = None  # what a look saw arrives when this is set
 
     def snapshot(self) -> Snapshot:
         self.num_looks += 1
         if self.is_away:
             raise RegistryUnavailable("it is away")
-        return super().snapshot()
+        seen = super().snapshot()
+        if (slow := self.is_slow) is not None:
+            assert slow.wait(WAIT_S)
+        return seen
 
 
 class Bench:
@@ -503,6 +507,66 @@ def test_looking_again_at_an_unchanged_registry_reads_no_records(run: Run) -> No
         for _ in range(3):
             await bench.loader.refresh()
         assert bench.loader.snapshot is before
+
+    run(story)
+
+
+async def looks(bench: Bench, number: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while bench.registry.num_looks < number:
+            await asyncio.sleep(0.001)
+
+
+def test_all_who_ask_during_a_look_share_the_next_one(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        before = bench.registry.num_looks
+        bench.registry.is_slow = threading.Event()
+        first = asyncio.create_task(bench.loader.refresh())
+        await looks(bench, before + 1)
+        others = [asyncio.create_task(bench.loader.refresh()) for _ in range(20)]
+        bench.world.push("later", seed=55)
+        await asyncio.sleep(0)
+        bench.registry.is_slow.set()
+        await asyncio.gather(first, *others)
+        assert bench.registry.num_looks == before + 2
+        assert "later" in bench.loader.snapshot.adapters
+
+    run(story)
+
+
+def test_what_an_older_look_saw_does_not_replace_what_a_newer_one_did(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        before = bench.registry.num_looks
+        bench.registry.is_slow = slow = threading.Event()
+        older = asyncio.create_task(bench.loader.refresh())
+        await looks(bench, before + 1)
+        older.cancel()  # whoever asked left; the look goes on
+        bench.registry.is_slow = None
+        bench.world.push("later", seed=56)
+        newer = asyncio.create_task(bench.loader.refresh())
+        await asyncio.sleep(0.05)
+        slow.set()
+        await newer
+        assert "later" in bench.loader.snapshot.adapters
+        await asyncio.sleep(0.05)
+        assert "later" in bench.loader.snapshot.adapters
+
+    run(story)
+
+
+def test_a_process_that_stood_still_looks_once_and_one_whose_registry_is_away_waits_for_nothing(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        before = bench.registry.num_looks
+        await asyncio.gather(*(bench.pinned("ask") for _ in range(5)))
+        assert bench.registry.num_looks == before
+        bench.loader._ticked_at -= 60
+        await asyncio.gather(*(bench.pinned("ask") for _ in range(5)))
+        assert bench.registry.num_looks in (before + 1, before + 2)  # those who came during the look share another
+        bench.registry.is_away = True
+        await bench.loader.refresh()
+        before = bench.registry.num_looks
+        assert (await bench.pinned("ask")).info.name == "ask"
+        assert bench.registry.num_looks == before
 
     run(story)
 

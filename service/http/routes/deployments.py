@@ -1,26 +1,31 @@
 """/v1/adapters for operators: push, promote, roll back, retire, delete. What takes long answers 202 with an operation."""
 
-import tempfile
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from pydantic import ValidationError
 
 from adapters import errors as adapter_errors
+from adapters.artifacts import fetch_package
 from adapters.config import check_name
 from adapters.package import unpack_tar
 from adapters.registry.references import check_alias
 from service import errors as service_errors
-from service.config import MIB
+from service.config import MIB, Settings
+from service.folders import push_folder
 from service.http.dependencies import ExchangeDep, RuntimeDep, known_adapter
-from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, responses
+from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, invalid_body, responses
 from service.http.operator_schemas import (
     AliasReply,
     ExpectedVersion,
     OperationReply,
+    PackageSource,
     PromoteRequest,
     Reason,
     ReasonRequest,
@@ -37,6 +42,7 @@ router = APIRouter(prefix="/v1/adapters", tags=["deployment"], dependencies=[Dep
 
 TAR_TYPES = ("application/x-tar", "application/octet-stream")
 MAX_DRAIN_S = 300.0
+MAX_SOURCE_BYTES = 16_384
 
 IdempotencyKey = Annotated[
     str | None,
@@ -57,7 +63,10 @@ WRITES = (
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in TAR_TYPES},
+            "content": {
+                **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in TAR_TYPES},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PackageSource"}},
+            },
         }
     },
     responses=responses(
@@ -66,29 +75,65 @@ WRITES = (
         adapter_errors.UnsafePath,
         adapter_errors.TensorMismatch,
         adapter_errors.NonFiniteTensor,
+        adapter_errors.ArtifactUnavailable,
         service_errors.TooLarge,
+        service_errors.InsufficientRoom,
         WRONG_CONTENT_TYPE,
     ),
 )
 async def push(name: str, request: Request, runtime: RuntimeDep, exchange: ExchangeDep) -> OperationReply:
-    """Push a package: an uncompressed tar of its files. It is staged, and served by nobody until its validation succeeded.
+    """Push a package: an uncompressed tar of its files, or `{"source": URL}` of a kind that the operator allows.
 
+    It is staged, and served by nobody until its validation succeeded.
     The same package again is the same version; one that had failed is validated again.
     """
     check_name(name)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type not in TAR_TYPES:
-        raise RefusedRequest(f"send {TAR_TYPES[0]}", rule=WRONG_CONTENT_TYPE, param="Content-Type")
-    with tempfile.TemporaryDirectory(prefix="adapter-bank-push-", dir=runtime.settings.home) as folder:
-        archive, package = Path(folder) / "package.tar", Path(folder) / "package"
-        with archive.open("wb") as file:
-            async for chunk in request.stream():
-                await to_thread.run_sync(file.write, chunk)
-        limit = runtime.settings.max_package_mib * MIB
-        await to_thread.run_sync(_unpack, archive, package, limit)
+    if content_type not in (*TAR_TYPES, "application/json"):
+        message = f"send {TAR_TYPES[0]}, or application/json with a source"
+        raise RefusedRequest(message, rule=WRONG_CONTENT_TYPE, param="Content-Type")
+    limit = runtime.settings.max_package_mib * MIB
+    with _refusing_what_does_not_fit(), push_folder(runtime.settings.home) as folder:
+        archive, package = folder / "package.tar", folder / "package"
+        if content_type == "application/json":
+            source = await _read_source(request, runtime.settings)
+            await to_thread.run_sync(partial(fetch_package, source, package, max_bytes=limit))
+        else:
+            with archive.open("wb") as file:
+                async for chunk in request.stream():
+                    await to_thread.run_sync(file.write, chunk)
+            await to_thread.run_sync(_unpack, archive, package, limit)
         record = await _call(partial(runtime.deployments.push, package, name, actor=exchange.context.client))
     await runtime.loader.refresh()
     return OperationReply.of(runtime.deployments.of_version(record))
+
+
+@contextmanager
+def _refusing_what_does_not_fit() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise service_errors.InsufficientRoom(f"there is no room for the package here: {error.strerror}") from error
+
+
+async def _read_source(request: Request, settings: Settings) -> str:
+    """The URL a package shall be fetched from. Raises: RefusedRequest, also for a scheme that is not allowed."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_SOURCE_BYTES:
+            raise service_errors.TooLarge(f"the JSON is larger than {MAX_SOURCE_BYTES} bytes")
+    try:
+        source = PackageSource.model_validate_json(bytes(body)).source
+    except ValidationError as error:
+        raise invalid_body(error) from error
+    scheme = source.partition("://")[0].lower()
+    if "://" not in source or scheme not in settings.package_schemes():
+        allowed = ", ".join(f"{name}://" for name in settings.package_schemes()) or "none"
+        raise RefusedRequest(f"packages are fetched from {allowed} here (BANK_PACKAGE_SOURCES)", param="source")
+    return source
 
 
 def _unpack(archive: Path, package: Path, max_bytes: int) -> None:

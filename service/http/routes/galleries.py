@@ -15,7 +15,7 @@ from service.errors import Forbidden, GalleryNotFound, MissingMedia, Unsupported
 from service.gallery import Gallery
 from service.http.dependencies import PrincipalDep, RuntimeDep, ViewDep
 from service.http.errors import RefusedRequest, responses
-from service.http.schemas import AdapterReply, GalleriesReply, GalleryDetails, ItemReply, ItemsReply, item_path
+from service.http.schemas import GalleriesReply, GalleryDetails, ItemReply, ItemsReply, item_path
 from service.media.source import clip_format, picture_format
 
 log = logging.getLogger(__name__)
@@ -69,22 +69,8 @@ async def list_galleries(runtime: RuntimeDep, view: ViewDep, principal: Principa
 @router.get("/{name}", responses=responses(GalleryNotFound, InvalidReference))
 async def get_gallery(gallery: GalleryDep, runtime: RuntimeDep, principal: PrincipalDep) -> GalleryDetails:
     """One gallery: what it holds and how it was embedded."""
-    manifest = gallery.manifest
-    by = manifest.adapter
-    return GalleryDetails(
-        name=manifest.name,
-        kind=manifest.kind,
-        version=manifest.version,
-        versions=await runtime.galleries.versions(manifest.name, principal),
-        num_items=manifest.num_items,
-        num_quarantined=manifest.num_quarantined,
-        adapter=AdapterReply(name=by.name, version=by.version, digest=by.weights_digest or by.name, alias=None),
-        embedding_key=manifest.embedding_key,
-        pooling=manifest.pooling,
-        tau=manifest.tau,
-        index=manifest.index,
-        created_at=manifest.created_at,
-    )
+    versions = await runtime.galleries.versions(gallery.manifest.name, principal)
+    return GalleryDetails.of(gallery.manifest, runtime.loader.view(principal), versions)
 
 
 class PageStart(NamedTuple):

@@ -53,7 +53,7 @@ async def abort_operation(
     principal: PrincipalDep,
     reason: Annotated[Reason, Query()] = None,
 ) -> OperationReply:
-    """End a rollout before its commit: nothing that is served has changed."""
+    """End a rollout before its commit, or the build of a gallery: nothing that is served has changed."""
     await get_operation(operation, runtime, principal)
     actor = exchange.context.client
     aborted = await to_thread.run_sync(lambda: runtime.deployments.abort(operation, reason=reason, actor=actor))

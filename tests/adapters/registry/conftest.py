@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters.registry.places import BACKENDS, Place
-from tests.adapters.registry.redis_server import RedisServer
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from adapters.errors import (
     RegistryUnavailable,
 )
 from adapters.registry import UNSET, AliasReference, Expect, Memory, PackageInfo, Registry, Replica, VersionReference
-from adapters.registry.records import GALLERY_TRANSITIONS, TRANSITIONS, Canary, Status
+from adapters.registry.records import GALLERY_TRANSITIONS, TRANSITIONS, Canary, JobRecord, Status
 from tests.adapters.registry.places import BACKENDS, Place
 
 
@@ -579,6 +580,163 @@ def test_a_gallery_may_stay_behind_when_that_is_said(registry: Registry) -> None
     assert head is not None and (head.live, head.follows) == (1, None)
 
 
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+def start_job(registry: Registry, job_id: str = "job", gallery: str = "clips", **wanted: Any) -> JobRecord:
+    fields: dict[str, Any] = {"action": "build", "adapter": "a", "arguments": "{}"} | wanted
+    action = fields.pop("action")
+    return registry.start_job(action, gallery, job_id=job_id, actor="ada", **fields)
+
+
+def test_one_replica_does_a_job_and_another_goes_on_when_it_dies(registry: Registry, place: Place) -> None:
+    add_gallery(registry)
+    registry.set_live_gallery("clips", 1)
+    job = start_job(registry)
+    assert (job.phase, job.worker, job.token, job.from_version, job.version) == ("running", None, 0, 1, None)
+    first = registry.claim_job("job", "r1", {"r1", "r2"})
+    assert first is not None and (first.worker, first.token) == ("r1", 1)
+    assert registry.claim_job("job", "r2", {"r1", "r2"}) is None
+    add_gallery(registry)
+    registry.keep_job("job", 1, 2, actor="r1")
+    second = registry.claim_job("job", "r2", {"r2"})
+    assert second is not None and (second.worker, second.token, second.version) == ("r2", 2, 2)
+    late: list[Callable[[], object]] = [
+        lambda: registry.keep_job("job", 1, 2, actor="r1"),
+        lambda: registry.finish_job("job", 1, 2, actor="r1"),
+        lambda: registry.fail_job("job", 1, "no", actor="r1"),
+    ]
+    for step in late:
+        with pytest.raises(Conflict, match="another replica does it"):
+            step()
+    assert registry.snapshot().live_version("clips") == 1
+    before = registry.revision().generation
+    done = registry.finish_job("job", 2, 2, follows="a@prod", actor="r2")
+    assert (done.phase, done.version, registry.revision().generation) == ("succeeded", 2, before + 1)
+    head = place.open().snapshot().head("clips")
+    assert head is not None and (head.live, head.follows) == (2, "a@prod")
+    assert place.open().snapshot().job("job") == done
+    assert registry.claim_job("job", "r1", {"r1"}) is None
+    with pytest.raises(Conflict, match="is over"):
+        registry.finish_job("job", 2, 2, actor="r2")
+
+
+def test_the_same_job_asked_for_again_is_the_same(registry: Registry) -> None:
+    job = start_job(registry)
+    assert start_job(registry) == job
+    assert start_job(registry, "other", join=True) == job
+    with pytest.raises(Conflict, match="operation job"):
+        start_job(registry, "other")
+    with pytest.raises(Conflict, match="operation job"):
+        start_job(registry, "other", join=True, arguments='{"source": "elsewhere"}')
+    for changes in ({"arguments": '{"source": "elsewhere"}'}, {"gallery": "songs"}, {"action": "rebuild"}):
+        with pytest.raises(Conflict, match="another one"):
+            start_job(registry, **changes)
+    assert start_job(registry, "songs", "songs").gallery == "songs"
+
+
+def test_a_job_that_failed_or_was_aborted_changed_nothing(registry: Registry) -> None:
+    add_gallery(registry)
+    registry.set_live_gallery("clips", 1)
+    start_job(registry, "1")
+    registry.claim_job("1", "r1", {"r1"})
+    add_gallery(registry)
+    registry.keep_job("1", 1, 2, actor="r1")
+    with pytest.raises(Conflict, match="while operation 1 makes it live"):
+        registry.set_gallery_status("clips", 2, "deleted")
+    failed = registry.fail_job("1", 1, "no room", actor="r1")
+    assert (failed.phase, failed.error) == ("failed", "no room")
+    assert registry.abort_job("1", "too late") == failed
+    start_job(registry, "2")
+    registry.claim_job("2", "r1", {"r1"})
+    assert registry.abort_job("2", "enough", actor="ada").error == "enough"
+    with pytest.raises(Conflict, match="is over"):
+        registry.finish_job("2", 1, 2, actor="r1")
+    with pytest.raises(NotFound):
+        registry.abort_job("3", "enough")
+    assert registry.snapshot().live_version("clips") == 1
+    assert registry.snapshot().active_jobs == ()
+    assert registry.drop_operations(registry.now() - 60) == 0
+    assert registry.drop_operations(registry.now() + 60) == 2 and registry.snapshot().jobs == ()
+
+
+def test_a_job_does_not_undo_what_went_live_meanwhile(registry: Registry) -> None:
+    for _ in range(3):
+        add_gallery(registry)
+    registry.set_live_gallery("clips", 1)
+    start_job(registry)
+    registry.claim_job("job", "r1", {"r1"})
+    registry.set_live_gallery("clips", 2)
+    with pytest.raises(Conflict, match="is version 2, not version 1 as expected"):
+        registry.finish_job("job", 1, 3, actor="r1")
+    assert registry.snapshot().live_version("clips") == 2
+
+
+def test_jobs_and_rollouts_keep_out_of_each_others_galleries(registry: Registry) -> None:
+    ready_versions(registry, 2)
+    registry.add_gallery_version("clips", embedding_key="k1", adapter=digest(1001))
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    start_job(registry)
+    with pytest.raises(Conflict, match="a build of gallery 'clips' is under way"):
+        registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1"])
+    registry.abort_job("job", "enough")
+    registry.start_rollout("a", "prod", 2, rollout_id="op", replicas=["r1"])
+    with pytest.raises(Conflict, match="operation op"):
+        start_job(registry, "again")
+    with pytest.raises(Conflict, match="a rollout"):
+        start_job(registry, "op")
+
+
+def test_a_rebuild_needs_something_that_is_live(registry: Registry) -> None:
+    with pytest.raises(NotFound, match="no gallery 'clips'"):
+        start_job(registry, action="rebuild")
+    add_gallery(registry)
+    with pytest.raises(NotFound, match="no live version"):
+        start_job(registry, action="rebuild")
+    registry.set_live_gallery("clips", 1)
+    assert start_job(registry, action="rebuild").from_version == 1
+
+
+def test_a_gallery_is_deleted_whole_and_its_numbers_are_not_used_again(registry: Registry) -> None:
+    for _ in range(2):
+        add_gallery(registry)
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    with pytest.raises(NotFound, match="no gallery 'clip'; nearest: clips"):
+        registry.delete_gallery("clip")
+    with pytest.raises(Conflict, match="while it is live"):
+        registry.set_gallery_status("clips", 1, "deleted")
+    with pytest.raises(Conflict, match="is version 1, not version 2 as expected"):
+        registry.delete_gallery("clips", expect=2)
+    start_job(registry)
+    with pytest.raises(Conflict, match="operation job"):
+        registry.delete_gallery("clips")
+    registry.abort_job("job", "enough")
+    deleted = registry.delete_gallery("clips", expect=1, reason="old", actor="ada")
+    assert [(r.version, r.status, r.reason) for r in deleted] == [(1, "deleted", "old"), (2, "deleted", "old")]
+    snapshot = registry.snapshot()
+    assert (snapshot.head("clips"), dict(snapshot.gallery_versions), snapshot.followers("a", "prod")) == (None, {}, ())
+    line = registry.audit(limit=1)[0]
+    assert (line.actor, line.action, line.subject, line.before) == ("ada", "delete_gallery", "clips", "1")
+    with pytest.raises(NotFound):
+        registry.delete_gallery("clips")
+    assert add_gallery(registry) == 3
+
+
+def test_a_build_during_a_canary_keeps_the_canary_s_gallery(registry: Registry) -> None:
+    ready_versions(registry, 2)
+    for key in (1001, 1002):
+        registry.add_gallery_version("clips", embedding_key=str(key), adapter=digest(key), content=1)
+    registry.set_live_gallery("clips", 1, follows="a@prod")
+    registry.start_rollout("a", "prod", 2, rollout_id="op", traffic=0.5)
+    for key in (1001, 1002):
+        registry.add_gallery_version("clips", embedding_key=str(key), adapter=digest(key), content=2)
+    start_job(registry)
+    registry.claim_job("job", "r1", {"r1"})
+    registry.finish_job("job", 1, 3, follows="a@prod", actor="r1")
+    head = registry.snapshot().head("clips")
+    assert head is not None and (head.live, head.canary) == (3, 4)
+
+
 # --- replicas, duties, loss --------------------------------------------------------------------------------
 
 
@@ -675,3 +833,46 @@ def test_memory_keeps_the_longest_history_and_survives_a_torn_line(place: Place,
     assert recalled is not None and recalled.revision == ahead.snapshot().revision
     assert tuple(reversed(recalled.log)) == ahead.audit(limit=100)
     assert Memory(tmp_path / "nothing").recall() is None
+    ahead.add_version("b", package(9))
+    ahead.remember()
+    recalled = Memory(memory).recall()
+    assert recalled is not None and tuple(reversed(recalled.log)) == ahead.audit(limit=100)
+
+
+def test_the_key_of_a_rollback_is_no_promotion_s(place: Place) -> None:
+    registry = place.open()
+    ready_versions(registry)
+    registry.start_rollout("a", "prod", 2, rollout_id="there")
+    assert registry.roll_back("a", "prod", rollout_id="back").to_version == 1
+    with pytest.raises(Conflict, match="operation back is another one"):
+        registry.start_rollout("a", "prod", 1, rollout_id="back")
+
+
+def test_processes_that_share_a_memory_restore_every_line_once(place: Place, tmp_path: Path) -> None:
+    first, second = place.open(tmp_path / "memory"), place.open(tmp_path / "memory")
+    ready_versions(first)
+    second.snapshot()
+    first.remember()
+    lines = first.audit(limit=1000)
+    place.lose()
+    second.close()
+    lost = Registry(place.store(), memory=Memory(tmp_path / "memory"))
+    lost._log = list(reversed(lines))  # seen, and not remembered by this one yet
+    lost.restore(actor="r1")
+    assert lost.audit(limit=1000)[1:] == lines
+    lost.close()
+
+
+def test_a_process_that_is_late_does_not_make_its_host_forget_what_was_restored(place: Place, tmp_path: Path) -> None:
+    ready_versions(place.open(tmp_path / "memory"))
+    late = place.open(tmp_path / "memory")
+    late.snapshot()
+    late.remember()
+    place.lose()
+    restorer = place.open(tmp_path / "memory")
+    restored = restorer.restore(actor="r1")
+    restorer.remember()
+    late.remember()
+    recalled = Memory(tmp_path / "memory").recall()
+    assert recalled is not None and recalled.revision == restored.revision
+    assert tuple(reversed(recalled.log)) == restorer.audit(limit=1000)

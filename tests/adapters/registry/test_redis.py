@@ -9,8 +9,8 @@ from adapters.errors import InvalidReference, RegistryLost, RegistryUnavailable
 from adapters.registry import open_registry
 from adapters.registry.redis import RedisStore
 from tests.adapters.registry.places import Place
-from tests.adapters.registry.redis_server import RedisServer
 from tests.adapters.registry.test_conformance import package, ready_versions
+from tests.redis_server import RedisServer
 
 
 def test_who_knew_the_old_history_goes_on_with_the_restored_one(redis_place: Place, tmp_path: Path) -> None:

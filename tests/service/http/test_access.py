@@ -162,6 +162,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "GET /v1/adapters/{name}": {"name": "team-b-own"},
     "GET /v1/galleries": {},
     "GET /v1/galleries/{name}": {"name": "b-own"},
+    "POST /v1/galleries/{name}/builds": {"name": "b-own", "json": {"source": "x", "adapter": "team-b-own"}},
+    "POST /v1/galleries/{name}/rebuild": {"name": "b-own", "json": {"adapter": "team-b-own@99"}},
+    "DELETE /v1/galleries/{name}": {"name": "b-own", "params": {"expect": 99}},
+    "DELETE /v1/galleries/{name}/versions/{version}": {"name": "b-own"},
     "GET /v1/galleries/{name}/items": {"name": "b-own"},
     "GET /v1/galleries/{name}/items/{item_id}": {"name": "b-own"},
     "GET /v1/galleries/{name}/items/{item_id}/thumbnail": {"name": "b-own"},
@@ -587,6 +591,10 @@ def test_listings_hold_what_may_be_used(keyed: Keyed) -> None:
         ("POST", "/v1/adapters/team-a-nobody/versions/1/unload", {}),
         ("DELETE", "/v1/adapters/team-a-nobody/versions/1", {}),
         ("POST", "/v1/adapters/team-a-copy/versions/9/retire", {}),
+        ("POST", "/v1/galleries/new/builds", {"json": {"source": "x", "adapter": "team-a-nobody"}}),
+        ("POST", "/v1/galleries/b-picture/rebuild", {}),
+        ("DELETE", "/v1/galleries/b-picture", {}),
+        ("DELETE", "/v1/galleries/a-pictures/versions/9", {}),
         ("GET", "/v1/galleries/b-picture", {}),
         ("GET", "/v1/galleries/b-picture?version=1", {}),
         ("GET", "/v1/galleries/b-picture/items/x", {}),
@@ -617,7 +625,7 @@ def test_operations_are_for_who_may_use_their_adapter(keyed: Keyed, method: str)
 
 
 def test_nobody_may_put_a_gallery_in_the_place_of_others(keyed: Keyed) -> None:
-    """Not over HTTP yet: the check is where galleries are built."""
+    """Neither over HTTP nor where galleries are built."""
     principal = auth.Principal("a", frozenset({"deploy"}), ("team-a-*",))
     context = RequestContext(deadline=time.monotonic() + 60, principal=principal)
     sources = [Source("x", "image", keyed.settings.home / "media" / "1.png")]
@@ -625,6 +633,28 @@ def test_nobody_may_put_a_gallery_in_the_place_of_others(keyed: Keyed) -> None:
     for name, adapter in (("b-own", "team-a-copy"), ("mixed", "team-a-copy"), ("new", "team-b-copy")):
         with pytest.raises(auth.Forbidden):
             asyncio.run(build(name, adapter, sources, BuildOptions("image"), context))
+        wanted = {"source": "x", "adapter": adapter}
+        assert error_of(keyed.call("a", "POST", f"/v1/galleries/{name}/builds", json=wanted)) == (403, "forbidden")
+        if name != "new":
+            rebuilt = keyed.call("a", "POST", f"/v1/galleries/{name}/rebuild", json={"adapter": adapter})
+            assert error_of(rebuilt) == (403, "forbidden")
+            assert error_of(keyed.call("a", "DELETE", f"/v1/galleries/{name}")) == (403, "forbidden")
+    assert error_of(keyed.call("a", "DELETE", "/v1/galleries/mixed/versions/1")) == (403, "forbidden")
+    assert error_of(keyed.call("a", "DELETE", "/v1/galleries/mixed/versions/2")) == (409, "conflict")  # it is live
+
+
+def test_operations_of_galleries_are_for_who_may_use_the_adapter(keyed: Keyed) -> None:
+    operation = keyed.call("b", "POST", "/v1/galleries/b-pictures/rebuild").json()
+    assert (operation["kind"], operation["adapter"], operation["subject"]) == ("gallery", "team-b-copy", "b-pictures")
+    path = f"/v1/operations/{operation['id']}"
+    assert error_of(keyed.call("a", "GET", path)) == (403, "forbidden")
+    assert error_of(keyed.call("a", "DELETE", path)) == (403, "forbidden")
+    assert operation["id"] not in keyed.call("a", "GET", "/v1/operations").text
+    end = time.monotonic() + 30
+    while keyed.call("b", "GET", path).json()["status"] == "running":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert keyed.call("b", "GET", path).json()["status"] == "succeeded"
 
 
 # --- what is told to whom ------------------------------------------------------------------------------------

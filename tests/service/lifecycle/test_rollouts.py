@@ -1,5 +1,6 @@
 """Two replicas on one registry: what one operator starts, both prepare, and alias and galleries move together."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from adapters.package import write_package
 from adapters.registry import Registry, Replica, RolloutRecord, open_registry
 from service.folders import HomeFolders
 from service.gallery.sources import Source
+from service.lifecycle.sweeper import Sweeper
 from service.lifecycle.writing import write_probed_package
 from service.loader import Loader
 from service.pipelines.galleries import BuildOptions
@@ -231,8 +233,46 @@ def test_a_replica_that_stood_still_looks_before_it_answers(pair: Pair) -> None:
     pair.services[1].call(_stop_watching(frozen))
     pair.registry.start_rollout("ask", "prod", 2, rollout_id="op")
     assert frozen.snapshot.aliases_of("ask") == {"prod": 1}
-    frozen._state = type(frozen._state)(frozen.snapshot, time.monotonic() - 60)
+    frozen._ticked_at -= 60
     assert pair.ask(pair.services[1]).adapter.version == 2
+
+
+def test_a_replica_that_stood_still_looks_before_it_searches(pair: Pair, tmp_path: Path) -> None:
+    build_gallery(pair.services[0], tmp_path / "media", range(2))
+    pair.caught_up()
+    frozen = pair.services[1].runtime.loader
+    assert pair.search(pair.services[1]).gallery_version == 1
+    pair.services[1].call(_stop_watching(frozen))
+    build_gallery(pair.services[0], tmp_path / "media", range(2, 4))
+    assert frozen.snapshot.live_version("shared") == 1
+    frozen._ticked_at -= 60
+    assert pair.search(pair.services[1]).gallery_version == 2
+
+
+def test_a_replica_that_died_long_ago_is_forgotten(pair: Pair) -> None:
+    runtime = pair.services[0].runtime
+    pair.registry.beat(_replica("long gone"))
+    time.sleep(0.1)
+    sweeper = Sweeper("sweeper", pair.registry, runtime.artifacts, runtime.galleries.store, grace_s=0.05)
+    sweeper.sweep(pair.registry.snapshot())
+    assert "long gone" not in {replica.id for replica in pair.registry.replicas()}
+
+
+def test_duties_end_when_they_are_told_to_whatever_happens_at_that_moment(pair: Pair) -> None:
+    lifecycle = pair.services[0].runtime.lifecycle
+
+    async def end(num_steps: int) -> None:
+        task = asyncio.create_task(lifecycle._reconcile_on())
+        await asyncio.sleep(0.2)
+        lifecycle._wake.set()  # something changed
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=WAIT_S / 10)
+        assert task.cancelled()
+
+    for num_steps in range(5):
+        pair.services[0].call(end(num_steps))
 
 
 async def _stop_watching(loader: Loader) -> None:

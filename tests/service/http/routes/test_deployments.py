@@ -176,7 +176,7 @@ def linked() -> bytes:
         (archive(**{"evil.pkl": b"x"}), "application/x-tar", 422, "invalid_package"),
         (archive(**{"../adapter_config.json": b"{}"}), "application/x-tar", 422, "unsafe_path"),
         (linked(), "application/x-tar", 422, "unsafe_path"),
-        (b"{}", "application/json", 415, "unsupported_content_type"),
+        (b"{}", "text/plain", 415, "unsupported_content_type"),
         (b"", "application/x-tar", 422, "invalid_package"),
     ],
 )
@@ -187,6 +187,28 @@ def test_what_is_no_package_is_refused_and_leaves_nothing(
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert httpx.get(f"{serving.url}/v1/adapters/bad").status_code == 404
     assert not list(serving.settings.home.glob("adapter-bank-push-*"))
+
+
+def test_a_package_is_fetched_from_where_the_operator_allows(bank: Client, serving: Serving, tmp_path: Path) -> None:
+    url = f"file://{package(serving, tmp_path / 'far', 41)}"
+    with pytest.raises(ServiceError, match="fetched from none here") as caught:
+        bank.push(url, "far")
+    assert (caught.value.status, caught.value.param) == (422, "source")
+    allowed = serving.settings.model_copy(update={"package_sources": "s3, file"})
+    serving.runtime.settings, settings = allowed, serving.runtime.settings
+    try:
+        ended = bank.wait(bank.push(url, "far").id, timeout_s=60)
+        assert (ended.status, ended.subject) == ("succeeded", "far@1")
+        with pytest.raises(ServiceError, match="holds no adapter_config"):
+            bank.push(f"file://{tmp_path}", "far")
+        for source in ("gs://bucket/x", "/etc", "file:/etc", "FILES://x", f"{url}::file://x"):
+            response = httpx.put(f"{serving.url}/v1/adapters/far", json={"source": source})
+            assert response.status_code == 422, source
+    finally:
+        serving.runtime.settings = settings
+    for body in (b"{", b'{"source": 1}', b'{"source": "file:///x", "more": 1}'):
+        sent = {"content": body, "headers": {"Content-Type": "application/json"}}
+        assert httpx.put(f"{serving.url}/v1/adapters/far", **sent).status_code == 422
 
 
 @pytest.mark.parametrize(
