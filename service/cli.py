@@ -35,6 +35,7 @@ def main() -> None:
     """Run a command; a domain error, or one of the system, becomes one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # and this of every request
     try:
         app()
     except AdapterBankError as error:
