@@ -12,13 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.demo.install import missing_assets
 from service.demo.recipes import RECIPES
 from service.demo.samples import write_samples
 from service.demo.world import TASKS
 
 CURL = shutil.which("curl")
-pytestmark = pytest.mark.skipif(missing_assets() != [], reason=f"make demo has yet to train {missing_assets()}")
 
 
 class Demo:
