@@ -188,10 +188,6 @@ class Runtime:
             "resident": {tier: sorted(held) for tier, held in self.bank.residency().items()},
         }
 
-    def adapters(self) -> dict[str, tuple[VersionRecord, ...]]:
-        """Registered adapters and their versions, by name."""
-        return dict(self.loader.snapshot.adapters)
-
     def status(self) -> dict[str, object]:
         """What health checks and status pages say. `ready` is whether requests should be sent here."""
         reasons = []

@@ -189,7 +189,7 @@ def test_a_service_says_what_it_is_doing(world: World, tmp_path: Path, no_leaks:
         age = runtime.status()["last_forward_age_s"]
         assert isinstance(age, float)
         assert age >= 0
-        assert set(runtime.adapters()) == {"ask", "tell", "look", "find", "frames", "heads"}
+        assert set(runtime.loader.snapshot.adapters) == {"ask", "tell", "look", "find", "frames", "heads"}
         await runtime.drain(timeout_s=1.0)
         assert runtime.status()["reasons"] == ["draining"]
         with pytest.raises(NotReady, match="shutting down"):
