@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast, get_args
 
@@ -277,7 +278,8 @@ class Galleries:
             raise BadQuery(f"{pin.info.name} was made for {pin.config.task}, not for retrieval", param="adapter")
         self._stages.backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
         plan = self._plan(name, pin, options)
-        with await asyncio.to_thread(self.store.build, plan, sources) as build:
+        with ExitStack() as stack:  # which closes the build also when the wait for it is cancelled
+            build = await to_thread_whole(lambda: stack.enter_context(self.store.build(plan, sources)))
             await self._embed_all(build, pin, len(sources), context, report)
             if max_quarantined is not None and build.num_quarantined > max_quarantined:
                 raise MissingMedia(

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,35 @@ def test_one_gallery_is_built_by_one_at_a_time(service: Service, tmp_path: Path)
     kinds = [type(outcome).__name__ for outcome in outcomes]
     assert kinds.count("GalleryBusy") == 1 or [o.version for o in outcomes] == [1, 2]
     assert not [o for o in outcomes if isinstance(o, Exception) and not isinstance(o, GalleryBusy)]
+
+
+def test_a_build_that_is_called_off_while_it_opens_gives_its_lock_back(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, store = picture_sources(tmp_path, 1), service.runtime.galleries.store
+    begun, may_end, made = threading.Event(), threading.Event(), []
+    open_build = store.build
+
+    def slowly(*args: Any) -> Any:
+        made.append(open_build(*args))
+        begun.set()
+        assert may_end.wait(10)
+        return made[0]
+
+    async def call_off() -> None:
+        work = service.runtime.galleries.build("called-off", "find", sources, BuildOptions("image"), context())
+        task = asyncio.create_task(work)
+        await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "build", slowly)
+        service.call(call_off())
+    assert len(made) == 1  # and held here, so that nothing but its end can have freed the lock
+    assert build(service, "called-off", sources).version == 1
 
 
 def test_a_crash_between_number_and_files_does_not_block_the_name(
