@@ -76,6 +76,8 @@ class Lifecycle:
         try:
             await self._beat()
             await self._rollouts.prepare_all(self._loader.snapshot)
+            self._is_serving = True
+            await self._beat()  # from now on a rollout waits for this replica
         except RegistryUnavailable as error:
             log.warning("starting without the registry: %s", error.message)
         self._is_serving = True

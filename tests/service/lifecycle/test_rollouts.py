@@ -319,3 +319,9 @@ def test_a_canary_searches_galleries_of_its_own(pair: Pair, tmp_path: Path) -> N
     assert pair.promote("find", 2, "whole").phase == "committed"
     pair.caught_up()
     assert pair.search(pair.services[0]).gallery_version == 2
+
+
+def test_a_replica_that_has_started_is_one_that_rollouts_wait_for(world: World, tmp_path: Path) -> None:
+    with running(world.copy(tmp_path).settings) as service:
+        (replica,) = service.runtime.registry.replicas()
+        assert replica.is_serving
