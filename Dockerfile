@@ -29,6 +29,7 @@ FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --create-home bank && install -d -o bank -g bank /data
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    BANK_LOG_FORMAT=json \
     BANK_HOME=/data
 VOLUME /data
 EXPOSE 8000

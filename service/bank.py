@@ -10,13 +10,14 @@ still be running when it is overwritten. Slot tensors are allocated once and nev
 nothing and projects with the backbone's own heads.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -27,10 +28,14 @@ from adapters.families import FAMILIES, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, SlotView, adapt_rows
 from adapters.package import Package
 from service.errors import NoFreeSlot
+from service.logs import event
 from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 Buckets = tuple[tuple[int, int], ...]
 DEFAULT_BUCKETS: Buckets = ((64, 24), (128, 6), (512, 2))
+TIERS = ("host", "device")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class _Bucket:
     tensors: dict[str, Tensor]
     slots: list[_Slot] = field(default_factory=list)
 
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
+
 
 class AdapterBank:
     """Host tier and slots of one backbone. Host methods may be called from any thread, slot methods by the device thread."""
@@ -120,6 +130,9 @@ class AdapterBank:
         self._lock = threading.Lock()
         self._metrics = metrics
         self._buckets = self._allocate() if dims is not None else {}
+        for tier in TIERS:
+            metrics.resident_adapters.labels(tier).set_function(partial(self._num_resident, tier))
+            metrics.resident_bytes.labels(tier).set_function(partial(self._num_resident_bytes, tier))
 
     def _allocate(self) -> dict[tuple[str, int], _Bucket]:
         assert self.dims is not None
@@ -160,7 +173,6 @@ class AdapterBank:
             self._unwanted.discard(adapter.digest)
             self._host.move_to_end(adapter.digest)
             self._make_room(keep=adapter.digest)
-            self._report()
 
     def hold(self, digest: str) -> bool:
         """Keep an adapter on the host until `release`; False when it is not there. `__base__` always is."""
@@ -183,7 +195,6 @@ class AdapterBank:
             assert entry.num_holders > 0, f"{digest} was released more often than held. This is a bug."
             entry.num_holders -= 1
             self._make_room()
-            self._report()
 
     def num_holders(self, digest: str) -> int:
         """How many hold an adapter: requests, and rollouts that prepare it."""
@@ -203,8 +214,7 @@ class AdapterBank:
             if entry is not None:
                 del self._host[digest]
                 self._host_used -= entry.adapter.num_bytes
-                self._metrics.adapter_evictions.labels("host").inc()
-            self._report()
+                self._count_eviction(digest, "host")
         return {"device": on_device, "host": 0 if entry is None else entry.adapter.num_bytes}
 
     def _make_room(self, keep: str | None = None) -> None:
@@ -215,7 +225,7 @@ class AdapterBank:
             if entry.num_holders == 0 and digest != keep:
                 self._host_used -= entry.adapter.num_bytes
                 del self._host[digest]
-                self._metrics.adapter_evictions.labels("host").inc()
+                self._count_eviction(digest, "host")
                 if self._host_used <= self._host_bytes:
                     return
 
@@ -294,15 +304,22 @@ class AdapterBank:
         slot.view = SlotView(adapter.family, views)
         slot.digest = adapter.digest
         self._metrics.adapter_loads.labels("device").inc()
-        self._metrics.adapter_load_seconds.labels("device").observe(time.perf_counter() - start)
-        self._report_slots()
+        seconds = time.perf_counter() - start
+        self._metrics.adapter_load_seconds.labels("host").observe(seconds)
+        keys = event("adapter_loaded", tier="device", source="host", digest=adapter.digest, ms=round(1000 * seconds, 1))
+        log.debug("put %s into a slot of rank %d", adapter.digest, slot.rank, extra=keys)
 
     def _empty(self, slot: _Slot) -> None:
         assert slot.num_leases == 0, "a leased slot was emptied. This is a bug."
+        digest = slot.digest or ""
         with self._lock:
-            self._unwanted.discard(slot.digest or "")
+            self._unwanted.discard(digest)
         slot.digest, slot.view = None, None
-        self._metrics.adapter_evictions.labels("device").inc()
+        self._count_eviction(digest, "device")
+
+    def _count_eviction(self, digest: str, tier: str) -> None:
+        self._metrics.adapter_evictions.labels(tier).inc()
+        log.debug("evicted %s from the %s", digest, tier, extra=event("adapter_evicted", tier=tier, digest=digest))
 
     # --- what is where -----------------------------------------------------------------------------------
 
@@ -318,17 +335,13 @@ class AdapterBank:
         return {"device": device, "host": host}
 
     def _slot_bytes(self, slot: _Slot) -> int:
-        tensors = self._buckets[slot.family, slot.rank].tensors.values()
-        return sum(t[0].numel() * t.element_size() for t in tensors)
+        return self._buckets[slot.family, slot.rank].slot_bytes
 
-    def _report(self) -> None:
-        self._metrics.resident_adapters.labels("host").set(len(self._host))
-        self._metrics.resident_bytes.labels("host").set(self._host_used)
+    def _num_resident(self, tier: str) -> int:
+        return len(self.residency()[tier])
 
-    def _report_slots(self) -> None:
-        filled = [slot for slot in self._slots() if slot.digest is not None]
-        self._metrics.resident_adapters.labels("device").set(len(filled))
-        self._metrics.resident_bytes.labels("device").set(sum(self._slot_bytes(slot) for slot in filled))
+    def _num_resident_bytes(self, tier: str) -> int:
+        return sum(self.residency()[tier].values())
 
 
 class SlotLease:

@@ -4,14 +4,17 @@ import asyncio
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from adapters.errors import AdapterBankError
-from service import deploy_commands, gallery_commands
+from service import deploy_commands, gallery_commands, logs
 from service.config import Settings
+
+log = logging.getLogger("service.cli")  # as a program its name is __main__
 
 app = typer.Typer(
     help="Serve many adapters from one frozen vision-language backbone.",
@@ -33,18 +36,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 def main() -> None:
     """Run a command; a domain error, or one of the system, becomes one line and exit status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells at length which instructions it found
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # and this of every request
+    logs.configure()
     try:
         app()
     except AdapterBankError as error:
         param = f" [{error.param}]" if error.param else ""
-        print(f"error: {error.message}{param}", file=sys.stderr)
-        sys.exit(1)
+        _give_up(f"{error.message}{param}")
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _give_up(str(error))
+
+
+def _give_up(reason: str) -> NoReturn:
+    if logs.are_json():
+        log.critical("%s", reason)
+    else:
+        print(f"error: {reason}", file=sys.stderr)
+    sys.exit(1)
 
 
 # --- serve -------------------------------------------------------------------------------------------------
@@ -84,12 +91,21 @@ def serve(
         allow_public=allow_public,
         api_keys_file=api_keys_file,
     )
+    logs.configure(as_json=settings.log_format == "json", level=settings.log_level)
     if demo:
         from service.demo.install import install
 
         settings = settings.model_copy(update={"home": settings.home / "demo"})
-        asyncio.run(install(settings, sys.stdout))
-    run(settings, announce=_announce_demo if demo else _announce)
+        asyncio.run(install(settings, log.info if logs.are_json() else partial(print, flush=True)))
+    if logs.are_json():
+        run(settings, announce=_log_url)
+    else:
+        run(settings, announce=_announce_demo if demo else _announce)
+
+
+def _log_url(url: str, settings: Settings) -> None:
+    keys = logs.event("serving", url=url, home=str(settings.home))
+    log.info("adapter-bank on %s, home %s", url, settings.home, extra=keys)
 
 
 def _announce(url: str, settings: Settings) -> None:

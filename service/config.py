@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the device thread; 0 takes all processors but one."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="A server's log: lines for people, or one JSON object a line."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least that a server logs."
+    )
 
     @field_validator("slots")
     @classmethod

@@ -5,6 +5,7 @@ wait for it. A pin keeps what it resolved to loadable until the reply, whatever 
 """
 
 import asyncio
+import contextvars
 import logging
 import threading
 import time
@@ -42,7 +43,8 @@ from service.backbone.base import Backbone
 from service.backbone.config import BlipConfig
 from service.bank import AdapterBank, fold_package
 from service.errors import AdapterDamaged, Forbidden, NotReady
-from service.metrics import Metrics
+from service.logs import event
+from service.metrics import Metrics, Resident
 from service.types import BASE_INFO, AdapterInfo
 from service.views import Views
 
@@ -97,7 +99,7 @@ class Loader:
         self._threads = ThreadPoolExecutor(NUM_LOAD_THREADS, thread_name_prefix="adapter-load")
         self._loads: dict[str, _Load] = {}
         self._lock = threading.Lock()  # over alias resolution and hold, and over _loads
-        self._state = RegistryState(_first_snapshot(registry))
+        self._state = _first_state(registry)
         self._views = Views()
         self._watcher: asyncio.Task[None] | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -108,7 +110,9 @@ class Loader:
         self._num_stops = 0  # how often this process stood still
         self._num_stops_caught_up = 0
         self._listeners: list[Callable[[], None]] = []
+        metrics.registry_up.set(self._state.error is None)
         metrics.registry_generation.set(self.snapshot.generation)
+        metrics.residency.source = self.residency
 
     @property
     def snapshot(self) -> Snapshot:
@@ -204,18 +208,23 @@ class Loader:
             except RegistryUnavailable as error:
                 self._keep_known(error)
                 return
-            self._state = RegistryState(snapshot)
+            before, self._state = self._state, RegistryState(snapshot)
+            if before.error is not None:
+                keys = event("registry_available", generation=snapshot.generation)
+                log.info("the registry can be used again, at generation %d", snapshot.generation, extra=keys)
             self._metrics.registry_up.set(1)
             self._metrics.registry_generation.set(snapshot.generation)
 
     def _keep_known(self, error: RegistryUnavailable) -> None:
-        if self._state.error is None:
-            generation = self.snapshot.generation
+        before, self._state = self._state, _state_without(self.snapshot, error)
+        if before.error is None or before.is_lost != self._state.is_lost:
             log.warning(
-                "the registry cannot be used, serving goes on with generation %d: %s", generation, error.message
+                "the registry cannot be used, serving goes on with generation %d: %s",
+                self.snapshot.generation,
+                error.message,
+                extra=_outage(self._state),
             )
         self._metrics.registry_up.set(0)
-        self._state = RegistryState(self.snapshot, error.message, isinstance(error, RegistryLost))
 
     @asynccontextmanager
     async def pin(self, reference: str, principal: Principal, routing_key: str | None = None) -> AsyncIterator[Pin]:
@@ -286,7 +295,8 @@ class Loader:
         load = self._loads.get(record.weights_digest)
         if load is None:
             try:
-                load = _Load(self._threads.submit(self._load, record), record)
+                context = contextvars.copy_context()  # the load is logged as its first request's
+                load = _Load(self._threads.submit(context.run, self._load, record), record)
             except RuntimeError as error:
                 raise NotReady("the server is shutting down") from error
             self._loads[record.weights_digest] = load
@@ -322,6 +332,7 @@ class Loader:
         start = time.perf_counter()
         is_held = False
         try:
+            source = "disk" if self._artifacts.is_near(record.package_digest) else "remote"
             self.check(record, hold=True)
             is_held = True
         finally:
@@ -331,8 +342,17 @@ class Loader:
             if is_held and not load.is_held:  # nobody waits any more
                 self._bank.release(record.weights_digest)
         seconds = time.perf_counter() - start
-        self._metrics.adapter_load_seconds.labels("disk").observe(seconds)
-        log.info("loaded %s@%d in %.0f ms", record.name, record.version, 1000 * seconds)
+        self._metrics.adapter_load_seconds.labels(source).observe(seconds)
+        keys = event(
+            "adapter_loaded",
+            tier="host",
+            source=source,
+            adapter=record.name,
+            version=record.version,
+            digest=record.weights_digest,
+            ms=round(1000 * seconds, 1),
+        )
+        log.info("loaded %s from %s in %.0f ms", record.reference, source, 1000 * seconds, extra=keys)
 
     def read(self, record: VersionRecord) -> Package:
         """The stored package of a version. Any thread. Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart."""
@@ -357,6 +377,22 @@ class Loader:
         check_servable(package.config, self._backbone, self._bank)
         self._bank.put(fold_package(package, self._dims(), self._bank.dtype), hold=hold)
 
+    def residency(self) -> dict[Resident, int]:
+        """Bytes that each adapter takes in each tier, under its registered name; what has none is one sum. Any thread.
+
+        Weights of several versions go by one that is ready: of the first name, the newest.
+        """
+        snapshot = self.snapshot
+        whatever_status = {record.weights_digest: record for record in snapshot.versions}
+        found: dict[Resident, int] = {}
+        for tier, held in self._bank.residency().items():
+            for digest, num_bytes in held.items():
+                record = next(iter(snapshot.with_digest(digest)), whatever_status.get(digest))
+                name, version = ("", "") if record is None else (record.name, str(record.version))
+                resident = Resident(name, version, tier)
+                found[resident] = found.get(resident, 0) + num_bytes
+        return found
+
     def _dims(self) -> BackboneDims:
         """What adapters must fit. Raises: MissingPart for a backbone that takes none."""
         if self._bank.dims is None:
@@ -364,19 +400,33 @@ class Loader:
         return self._bank.dims
 
 
-def _first_snapshot(registry: Registry) -> Snapshot:
+def _first_state(registry: Registry) -> RegistryState:
     """The registry's state; what was remembered of it where it cannot be read. Raises: RegistryUnavailable for neither."""
     try:
-        return registry.snapshot()
+        return RegistryState(registry.snapshot())
     except RegistryUnavailable as error:
         if registry.known is None:
             raise
+        state = _state_without(registry.known, error)
         log.warning(
             "starting from what is remembered of the registry, generation %d: %s",
             registry.known.generation,
             error.message,
+            extra=_outage(state),
         )
-        return registry.known
+        return state
+
+
+def _state_without(known: Snapshot, error: RegistryUnavailable) -> RegistryState:
+    return RegistryState(known, error.message, isinstance(error, RegistryLost))
+
+
+def _outage(state: RegistryState) -> dict[str, object]:
+    return event(
+        "registry_lost" if state.is_lost else "registry_unavailable",
+        generation=state.snapshot.generation,
+        reason=state.error,
+    )
 
 
 def check_servable(config: AdapterConfig, backbone: Backbone, bank: AdapterBank) -> None:

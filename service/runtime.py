@@ -21,12 +21,14 @@ from service.engine import Engine
 from service.folders import HomeFolders, open_registry, remove_abandoned_pushes
 from service.gallery.store import GalleryStore
 from service.lifecycle.deployments import Deployments
+from service.lifecycle.events import RegistryEvents
 from service.lifecycle.jobs import Jobs
 from service.lifecycle.lifecycle import Lifecycle, new_replica_id
 from service.lifecycle.rollouts import Rollouts
 from service.lifecycle.sweeper import Sweeper
 from service.lifecycle.validate import validate
 from service.loader import Loader
+from service.logs import event
 from service.media import MediaLimits, MediaWorkers
 from service.metrics import Metrics
 from service.pipelines.galleries import Galleries
@@ -50,7 +52,7 @@ def pick_device(name: str) -> torch.device:
 
 def exit_process(error: BaseException) -> None:
     """End the process: a lost device cannot be mended from inside, and a supervisor starts a fresh one."""
-    log.critical("the device is lost, the process ends: %s", error)
+    log.critical("the device is lost, the process ends: %s", error, extra=event("device_lost", reason=str(error)))
     logging.shutdown()
     os._exit(EXIT_DEVICE_LOST)
 
@@ -100,6 +102,7 @@ class Runtime:
         )
         self.media = MediaWorkers(settings.media_workers, _media_limits(settings))
         self.loader = Loader(self.registry, self.artifacts, self.backbone, self.bank, self.metrics)
+        self.registry.on_change(RegistryEvents(self.loader.snapshot, self.metrics).tell)
         self.stages = StageRunner(
             self.engine,
             self.backbone,

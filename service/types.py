@@ -141,6 +141,7 @@ class Job:
     cost         estimated floating point operations
     deadline     on the monotonic clock, seconds
     client       who is served fairly against whom
+    request_id   of the request it belongs to, for the log
     """
 
     stage: Stage
@@ -153,6 +154,7 @@ class Job:
     deadline: float
     client: str = ""
     background: bool = False
+    request_id: str = ""
     number: int = field(default_factory=lambda: next(_job_numbers))
     submitted_at: float = field(default_factory=time.monotonic)
 

@@ -1,5 +1,6 @@
 """docs/operations.md lists every setting and every series; the lists must be the code's."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,28 @@ def test_every_setting_says_what_it_costs() -> None:
 
 
 def test_every_series_is_documented_with_its_type_and_labels() -> None:
-    metrics = [metric for metric in vars(Metrics()).values() if isinstance(metric, MetricWrapperBase)]
+    metrics = Metrics()
+    wrapped = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
     expected = {
         metric._name + ("_total" if metric._type == "counter" else ""): [metric._type, ", ".join(metric._labelnames)]
-        for metric in metrics
+        for metric in wrapped
     }
+    expected |= {family.name: [family.type, ", ".join(family._labelnames)] for family in metrics.residency.describe()}
+    assert len(list(metrics.registry.collect())) == len(expected)
     assert {name: row[:2] for name, row in rows("series").items()} == expected
     assert all(row[2].endswith(".") for row in rows("series").values())
+
+
+def test_every_event_is_documented_with_its_keys() -> None:
+    expected: dict[str, set[str]] = {}
+    for file in (ROOT / "service").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("event", "logs.event"):
+                for name in (n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)):
+                    assert isinstance(name, str)
+                    expected.setdefault(name, set()).update(keyword.arg or "" for keyword in node.keywords)
+    assert {name: set(row[0].split(", ")) for name, row in rows("event").items()} == expected
+    assert all(row[1].endswith(".") for row in rows("event").values())
 
 
 @pytest.mark.parametrize(

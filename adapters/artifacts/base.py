@@ -55,6 +55,9 @@ class ArtifactStore(Protocol):
     def has(self, digest: str) -> bool:
         """Whether the package is here."""
 
+    def is_near(self, digest: str) -> bool:
+        """Whether `read` finds the package on this host, as far as can be told without reading it."""
+
     def delete(self, digest: str) -> None:
         """Forget a package; no error when it is gone already."""
 

@@ -42,6 +42,12 @@ class PackageCache:
             self.delete(digest)
         return None
 
+    def has(self, digest: str) -> bool:
+        """Whether a package is here, damaged or not; no where that cannot be told."""
+        with suppress(ArtifactUnavailable):
+            return self._packages.has(digest)
+        return False
+
     def keep(self, digest: str, files: Mapping[str, bytes]) -> None:
         """Keep a package's files, after making room for them. Raises: ArtifactUnavailable for a disk that is full."""
         num_bytes = sum(map(len, files.values()))

@@ -78,6 +78,10 @@ class LocalArtifactStore:
         with self._typed_errors("read"):
             return folder.is_dir()
 
+    def is_near(self, digest: str) -> bool:
+        """See ArtifactStore."""
+        return True
+
     def delete(self, digest: str) -> None:
         """See ArtifactStore."""
         folder = self._folder_of(digest)

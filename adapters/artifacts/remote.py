@@ -186,6 +186,10 @@ class RemoteArtifactStore(RemoteFolders):
         """See ArtifactStore: reads the store, whatever is in the cache."""
         self._fetch(digest)
 
+    def is_near(self, digest: str) -> bool:
+        """See ArtifactStore: whether it is in the cache."""
+        return self._cache.has(digest)
+
     def delete(self, digest: str) -> None:
         """See ArtifactStore. Also from this host's cache."""
         super().delete(digest)

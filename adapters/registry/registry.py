@@ -48,6 +48,7 @@ ELDER_AGE_S = 10.0  # a replica heard of since then may know more
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Listener = Callable[[Snapshot, Snapshot, tuple[AuditRecord, ...]], None]
 
 _READERS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(record_type) for kind, record_type in RECORD_TYPES.items()}
 
@@ -73,6 +74,7 @@ class Registry:
         self._lineage: tuple[str, ...] = ()
         self._log: list[AuditRecord] = []  # seen, and not remembered yet
         self._clock_offset_s = 0.0
+        self._listeners: list[Listener] = []
         recalled = memory.recall() if memory is not None else None
         if recalled is not None:
             self._snapshot = _snapshot_of(recalled)
@@ -84,6 +86,13 @@ class Registry:
     def is_shared(self) -> bool:
         """Whether its store is a server, which may come back empty; a file only vanishes by somebody's hand."""
         return self._store.is_shared
+
+    def on_change(self, listener: Listener) -> None:
+        """Tell of every change that is seen from now on: the state before and after, and the lines that the log grew by.
+
+        Called once for each step from state to state, in the thread that looked; it must neither wait nor raise.
+        """
+        self._listeners.append(listener)
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -113,11 +122,15 @@ class Registry:
             keeps = known is not None and changes.continues
             records = dict(known.records) if known is not None and keeps else {}
             _apply(records, changes.writes)
-            self._snapshot = Snapshot.of(changes.revision, records.values())
+            snapshot = self._snapshot = Snapshot.of(changes.revision, records.values())
             self._lineage = changes.lineage
             if self._memory is not None:
                 self._log.extend(changes.log)
-            return self._snapshot
+        if known is not None:
+            lines = tuple(line for line in changes.log if line.generation > known.generation)
+            for listener in self._listeners:
+                listener(known, snapshot, lines)
+        return snapshot
 
     def _check_history(self, known: Snapshot | None, changes: Changes) -> None:
         if known is None or changes.continues or known.revision.epoch in changes.lineage:

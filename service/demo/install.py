@@ -4,8 +4,8 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from adapters.errors import BackboneNotFound
 from adapters.registry import DEFAULT_ALIAS
@@ -26,8 +26,8 @@ NUM_CLIPS, NUM_PICTURES, SEED = 240, 8, 7
 BUILD_TIMEOUT_S = 3600.0
 
 
-async def install(settings: Settings, out: TextIO) -> None:
-    """Install or update the demo in `settings.home`; what is there already is left as it is."""
+async def install(settings: Settings, say: Callable[[str], None]) -> None:
+    """Install or update the demo in `settings.home`; what is there already is left as it is. `say` tells what takes long."""
     missing = missing_assets()
     if missing:
         raise BackboneNotFound(
@@ -37,8 +37,8 @@ async def install(settings: Settings, out: TextIO) -> None:
     _install_backbone(settings)
     for task in RECIPES:
         _install_adapter(settings, task)
-    _draw(settings, out)
-    await _build_galleries(settings, out)
+    _draw(settings, say)
+    await _build_galleries(settings, say)
 
 
 def missing_assets() -> list[str]:
@@ -71,15 +71,15 @@ def media_folder(settings: Settings, task: str) -> Path:
     return settings.home / "media" / task
 
 
-def _draw(settings: Settings, out: TextIO) -> None:
+def _draw(settings: Settings, say: Callable[[str], None]) -> None:
     for task, num_items in ((CLIPS_TASK, NUM_CLIPS), (PICTURE_TASK, NUM_PICTURES)):
         folder = media_folder(settings, task)
         if not (folder / ITEMS_FILE).exists():
-            print(f"drawing {num_items} items of {task} ...", file=out, flush=True)
+            say(f"drawing {num_items} items of {task} ...")
             write_samples(task, SEED, num_items, folder)
 
 
-async def _build_galleries(settings: Settings, out: TextIO) -> None:
+async def _build_galleries(settings: Settings, say: Callable[[str], None]) -> None:
     """Build what is missing, or was embedded with another version of the adapter."""
     registry = open_registry(settings)
     try:
@@ -99,7 +99,7 @@ async def _build_galleries(settings: Settings, out: TextIO) -> None:
     try:
         for name in missing:
             sources = read_sources(manifests[name])
-            print(f"embedding gallery {name}: {len(sources)} items ...", file=out, flush=True)
+            say(f"embedding gallery {name}: {len(sources)} items ...")
             context = RequestContext(deadline=time.monotonic() + BUILD_TIMEOUT_S, client="demo")
             await runtime.galleries.build(name, CLIPS_TASK, sources, BuildOptions(sources[0].kind), context)
     finally:

@@ -18,6 +18,7 @@ from service.backbone.base import Backbone
 from service.bank import AdapterBank, BatchLeases, batch_leases
 from service.engine.stages import run_batch
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
+from service.logs import event
 from service.metrics import Metrics
 from service.scheduler import Scheduler, is_late
 from service.types import Batch, Job, StageOutput
@@ -239,7 +240,8 @@ class Engine:
 
     def _set_job_error(self, job: Job, error: Exception) -> None:
         if not isinstance(error, AdapterBankError):
-            log.error("a %s job failed", job.stage, exc_info=error)
+            keys = event("job_failed", stage=job.stage, request_id=job.request_id or None)
+            log.error("a %s job failed", job.stage, exc_info=error, extra=keys)
             error = EngineFailed(f"the {job.stage} stage failed on this input")
         _set_error(self._results.pop(job.number, None), error)
 

@@ -16,6 +16,7 @@ from service.errors import DeadlineExceeded
 from service.http.errors import error_response
 from service.http.exchange import Exchange
 from service.http.limits import has_body
+from service.logs import event, request_id
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Exchanges:
             await self.app(scope, receive, send)
             return
         exchange = Exchange.begin(scope, self._settings)
+        request_id.set(exchange.context.request_id)  # never reset: the server may have a last word, and the task ends
         scope.setdefault("state", {})["exchange"] = exchange
         wire = Wire(receive, send, exchange, has_body=has_body(scope))
         status = CLIENT_LEFT_STATUS
@@ -60,22 +62,35 @@ class Exchanges:
 
     def _record(self, scope: Scope, exchange: Exchange, status: int) -> None:
         route = getattr(scope.get("route"), "path", UNMATCHED_ROUTE)
-        adapter = exchange.adapter.name if exchange.adapter else ""
+        answered, context = exchange.adapter, exchange.context
+        adapter = answered.name if answered is not None else ""
         metrics = self._metrics()
-        arm = "canary" if exchange.adapter is not None and exchange.adapter.is_canary else "main"
+        arm = "canary" if answered is not None and answered.is_canary else "main"
         metrics.requests.labels(route, adapter, arm, str(status)).inc()
         seconds = time.monotonic() - exchange.started_at
         metrics.request_seconds.labels(route, arm).observe(seconds)
         path = scope.get("raw_path", b"").decode("latin-1")  # still quoted: nothing in it can break a line of the log
+        keys = event(
+            "request",
+            method=scope["method"],
+            path=path,
+            status=status,
+            ms=round(1000 * seconds, 1),
+            key=context.principal.id,
+            adapter=adapter or None,
+            version=answered.version if answered is not None else None,
+            digest=answered.digest if answered is not None else None,
+            stages_ms={stage: round(spent, 2) for stage, spent in context.stage_ms.items()} or None,
+        )
         log.info(
-            "%s %s %d %.1f ms request=%s adapter=%s key=%s",
+            "%s %s %d %.1f ms adapter=%s key=%s",
             scope["method"],
             path,
             status,
             1000 * seconds,
-            exchange.context.request_id,
             adapter or "-",
-            exchange.context.principal.id,
+            context.principal.id,
+            extra=keys,
         )
 
 

@@ -55,6 +55,7 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     server = _Server(
         uvicorn.Config(
             create_app(settings, runtime),
+            log_config=None,  # ours
             log_level="warning",
             access_log=False,
             proxy_headers=False,

@@ -23,6 +23,7 @@ from service.lifecycle.jobs import Jobs
 from service.lifecycle.rollouts import TRANSIENT, Rollouts
 from service.lifecycle.sweeper import Sweeper
 from service.loader import Loader
+from service.logs import event
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Lifecycle:
         self._lost_since: float | None = None
         self._is_serving = False
         self._wake = asyncio.Event()
+        self._looking = asyncio.Lock()  # for others: what one look saw never replaces what a later one did
+        self._others: frozenset[str] | None = None  # those that lived at the last look; None before the first
 
     async def start(self) -> None:
         """Become known, hold what rollouts under way need, and only then count as serving."""
@@ -78,14 +81,16 @@ class Lifecycle:
             await self._rollouts.prepare_all(self._loader.snapshot)
             self._is_serving = True
             await self._beat()  # from now on a rollout waits for this replica
+            await self.alive()
         except RegistryUnavailable as error:
             log.warning("starting without the registry: %s", error.message)
         self._is_serving = True
+        log.info("replica %s serves", self.replica_id, extra=event("replica_joined", replica=self.replica_id))
         self._tasks = [asyncio.create_task(self._beat_on()), asyncio.create_task(self._reconcile_on())]
 
     async def close(self) -> None:
         """Stop every duty and leave."""
-        self._is_serving = False
+        was_serving, self._is_serving = self._is_serving, False
         tasks = [*self._tasks, *([self._validating] if self._validating else [])]
         for task in tasks:
             task.cancel()
@@ -97,6 +102,8 @@ class Lifecycle:
             await asyncio.to_thread(self._registry.forget, self.replica_id)
         except RegistryUnavailable:
             log.info("the registry was not told that this replica leaves; it will notice")
+        if was_serving:
+            log.info("replica %s leaves", self.replica_id, extra=event("replica_left", replica=self.replica_id))
 
     # --- signs of life -----------------------------------------------------------------------------------
 
@@ -105,6 +112,7 @@ class Lifecycle:
             await asyncio.sleep(BEAT_INTERVAL_S)
             try:
                 await self._beat()
+                await self.alive()  # nobody else may ask for a long time, and the lag is to be told all the while
             except RegistryUnavailable:
                 pass  # the watcher says so
             except Exception:
@@ -126,10 +134,27 @@ class Lifecycle:
 
     async def alive(self) -> set[str]:
         """Ids of the replicas heard of lately, this one included. Raises: RegistryUnavailable."""
-        replicas = await asyncio.to_thread(self._registry.replicas)
-        behind = [self._loader.snapshot.generation - r.generation for r in replicas if r.age_s < EXPIRY_S]
-        self._metrics.replica_lag.set(max([0, *behind]))
-        return {r.id for r in replicas if r.age_s < EXPIRY_S} | {self.replica_id}
+        async with self._looking:
+            replicas = await asyncio.to_thread(self._registry.replicas)
+            others = [r for r in replicas if r.age_s < EXPIRY_S and r.id != self.replica_id]
+            generations = [self._loader.snapshot.generation, *(r.generation for r in others)]
+            self._metrics.replica_lag.set(max(generations) - min(generations))
+            self._tell_of_others(frozenset(r.id for r in others), {r.id for r in replicas})
+        return {self.replica_id, *(r.id for r in others)}
+
+    def _tell_of_others(self, living: frozenset[str], known: set[str]) -> None:
+        """Log who came and went since the last look. Who is still `known` did not say that it leaves."""
+        before, self._others = self._others, living
+        if before is None:
+            return
+        for replica in sorted(living - before):
+            log.info("replica %s joined", replica, extra=event("replica_joined", replica=replica))
+        for replica in sorted(before - living):
+            if replica in known:
+                keys = event("replica_left", replica=replica, reason="silent")
+                log.warning("replica %s gave no sign of life for %g s", replica, EXPIRY_S, extra=keys)
+            else:
+                log.info("replica %s left", replica, extra=event("replica_left", replica=replica))
 
     # --- duties ------------------------------------------------------------------------------------------
 
@@ -190,10 +215,10 @@ class Lifecycle:
             raise  # this says nothing about the package: it comes round again
         except AdapterBankError as failure:
             error = failure.message
-            self._metrics.validation_failures.inc()
         finish = self._registry.finish_validation
         await asyncio.to_thread(finish, version.name, version.version, self.replica_id, error)
-        log.info("%s is %s", version.reference, "ready" if error is None else f"refused: {error}")
+        if error is not None:  # and only now: until it is noted, somebody may have to look again
+            self._metrics.validation_failures.inc()
 
     async def _restore(self) -> None:
         """Put a lost registry back, after giving those who know more of it the time to do so."""
@@ -212,6 +237,5 @@ class Lifecycle:
         wiser = [r.id for r in replicas if r.age_s < EXPIRY_S and r.generation > known]
         if wiser and now - self._lost_since < 2 * EXPIRY_S:
             return
-        restored = await asyncio.to_thread(self._registry.restore, actor=self.replica_id)
-        log.warning("the registry was lost and is restored at generation %d", restored.generation)
+        await asyncio.to_thread(self._registry.restore, actor=self.replica_id)
         await self._loader.refresh()

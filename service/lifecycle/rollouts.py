@@ -8,9 +8,11 @@ import logging
 import time
 from collections.abc import Collection
 from contextlib import AsyncExitStack
+from functools import partial
 
 from adapters.errors import AdapterBankError, ArtifactUnavailable, Conflict, NotFound, RegistryUnavailable
 from adapters.registry import Registry, RolloutRecord, Snapshot, VersionReference
+from adapters.registry.records import Phase
 from service.auth import LOCAL
 from service.errors import GalleryBusy, NotReady, Overloaded
 from service.loader import Loader
@@ -27,6 +29,7 @@ TRANSIENT = (
     NotReady,
     Overloaded,
 )  # worth another try until the deadline
+ACTIVE_PHASES: tuple[Phase, ...] = ("migrating", "preparing")
 MIGRATION_TIMEOUT_S = 7 * 24 * 3600.0
 
 
@@ -40,11 +43,15 @@ class Rollouts:
         self._registry = registry
         self._loader = loader
         self._galleries = galleries
-        self._metrics = metrics
+        for phase in ACTIVE_PHASES:
+            metrics.rollouts.labels(phase).set_function(partial(self._num_in, phase))
         self._held: dict[str, AsyncExitStack] = {}  # what rollouts under way need, by id
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._migrating: dict[str, asyncio.Task[None]] = {}
         self.progress: dict[str, BuildProgress] = {}
+
+    def _num_in(self, phase: Phase) -> int:
+        return sum(rollout.phase == phase for rollout in self._loader.snapshot.active_rollouts)
 
     async def advance(self, snapshot: Snapshot, alive: Collection[str]) -> None:
         """Take every step that can be taken now. Raises: RegistryUnavailable."""
@@ -112,9 +119,6 @@ class Rollouts:
                 self._registry.commit_rollout, rollout.id, alive, actor=self._replica_id
             )
             if committed is not None:
-                log.info(
-                    "operation %s: %s@%s is version %d", rollout.id, rollout.name, rollout.alias, rollout.to_version
-                )
                 await self._loader.refresh()
 
     async def _abort_if_late(self, rollout: RolloutRecord) -> None:
@@ -123,7 +127,6 @@ class Rollouts:
             await self._abort(rollout, f"its deadline passed; it waited for {names}", only_late=True)
 
     async def _abort(self, rollout: RolloutRecord, error: str, *, only_late: bool = False) -> None:
-        log.warning("operation %s is aborted: %s", rollout.id, error)
         try:
             await asyncio.to_thread(
                 self._registry.abort_rollout, rollout.id, error, only_late=only_late, actor=self._replica_id

@@ -279,6 +279,7 @@ class StageRunner:
             deadline=context.deadline,
             client=context.client,
             background=context.background,
+            request_id=context.request_id,
         )
         with self.metrics.stage(stage, context):
             return await asyncio.wrap_future(self.engine.submit(job))

@@ -27,19 +27,22 @@ def elsewhere(world: World, tmp_path: Path) -> World:
     return elsewhere
 
 
-def loader_of(world: World) -> Loader:
+def loader_of(world: World, metrics: Metrics) -> Loader:
     return Loader(
         open_registry(world.settings),
         open_artifacts(world.settings),
         world.backbone,
         make_bank(world.backbone),
-        Metrics(),
+        metrics,
     )
 
 
-def pin(world: World, reference: str) -> None:
+def pin(world: World, reference: str) -> Metrics:
+    """Load an adapter into a fresh loader; what was measured."""
+    metrics = Metrics()
+
     async def story() -> None:
-        loader = loader_of(world)
+        loader = loader_of(world, metrics)
         try:
             async with loader.pin(reference, LOCAL) as pin:
                 assert pin.info.name == reference
@@ -47,6 +50,18 @@ def pin(world: World, reference: str) -> None:
             await loader.close()
 
     asyncio.run(story())
+    return metrics
+
+
+def test_loads_are_timed_by_where_the_package_came_from(elsewhere: World, tmp_path: Path) -> None:
+    def sources(metrics: Metrics) -> dict[str, float]:
+        samples = metrics.adapter_load_seconds.collect()[0].samples
+        return {sample.labels["source"]: sample.value for sample in samples if sample.name.endswith("_count")}
+
+    assert sources(pin(elsewhere, "new")) == {"remote": 1}
+    assert sources(pin(elsewhere, "new")) == {"disk": 1}  # from the cache
+    HomeFolders(elsewhere.settings.home).artifact_cache.rename(tmp_path / "no-cache")
+    assert sources(pin(elsewhere, "new")) == {"remote": 1}
 
 
 def test_by_default_packages_are_in_the_home(world: World, tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_a_home_without_a_backbone_is_told_in_one_line(tmp_path: Path) -> None:
     assert refused.stderr.startswith("error: no backbone at ") and refused.stderr.count("\n") == 1
 
 
+def test_why_a_server_does_not_start_is_logged_as_json_where_that_is_wanted(tmp_path: Path) -> None:
+    environment = os.environ | {"BANK_HOME": str(tmp_path), "BANK_LOG_FORMAT": "json"}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    line = json.loads(done.stderr)
+    assert (done.returncode, done.stdout, line["level"]) == (1, "", "critical")
+    assert line["message"].startswith("no backbone at ")
+
+
 def test_a_public_address_without_keys_is_refused(home: Path) -> None:
     refused = run("serve", "--host", "0.0.0.0", home=home, check=False)
     assert refused.returncode == 1

@@ -1,10 +1,12 @@
 """References to adapters on the host: loads happen once, failures reach who waits, and the registry may come and go."""
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -249,7 +251,7 @@ def test_concurrent_cold_requests_load_once(run: Run) -> None:
         assert bench.num_loads() == 1
 
     bench = run(story)
-    assert bench.metrics.registry.get_sample_value("bank_adapter_load_seconds_count", {"tier": "disk"}) == 1
+    assert bench.metrics.registry.get_sample_value("bank_adapter_load_seconds_count", {"source": "disk"}) == 1
 
 
 def test_two_names_of_the_same_weights_load_once(run: Run) -> None:
@@ -438,6 +440,64 @@ def test_an_alias_that_moves_leaves_pinned_requests_on_what_they_resolved_to(run
     run(story, host_bytes=1)
 
 
+def test_residency_goes_by_registered_names_and_what_has_none_is_one_series(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        def resident() -> dict[tuple[str, str], float]:
+            (family,) = bench.metrics.residency.collect()
+            assert all(sample.labels["tier"] == "host" for sample in family.samples)
+            return {(s.labels["adapter"], s.labels["version"]): s.value for s in family.samples}
+
+        assert resident() == {}
+        for reference in ("ask", "tell", "look"):
+            await bench.pinned(reference)
+        sizes = {name: bench.bank.adapter(digest_of(bench, name)).num_bytes for name in ("ask", "tell", "look")}
+        assert resident() == {(name, "1"): size for name, size in sizes.items()}
+        bench.world.push("ask", seed=56)
+        await bench.pinned("ask@2")
+        assert resident().keys() == {("ask", "1"), ("ask", "2"), ("tell", "1"), ("look", "1")}
+        bench.registry.set_status("ask", 2, "retired")
+        await bench.loader.refresh()
+        assert ("ask", "2") in resident()
+        nameless = [replace(bench.bank.adapter(digest_of(bench, "ask")), digest=f"sha256:{n:064x}") for n in range(5)]
+        for adapter in nameless:
+            bench.bank.put(adapter)
+        assert len(resident()) == 5
+        assert resident()["", ""] == 5 * nameless[0].num_bytes
+        bench.bank.unload(digest_of(bench, "tell"))
+        assert ("tell", "1") not in resident()
+
+    run(story)
+
+
+def digest_of(bench: Bench, name: str) -> str:
+    return bench.registry.snapshot().adapters[name][0].weights_digest
+
+
+def test_a_start_without_the_registry_is_told_as_such(world: World, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def story(bench: Bench) -> None:
+        bench.registry.is_away = True
+        late = Loader(bench.registry, bench.artifacts, world.backbone, bench.bank, Metrics())
+        assert late.registry_error == "it is away"
+        assert late._metrics.registry.get_sample_value("bank_registry_up") == 0
+        caplog.clear()
+        await late.refresh()
+        assert told(caplog) == []  # that is known
+        bench.registry.is_away = False
+        await late.refresh()
+        assert late._metrics.registry.get_sample_value("bank_registry_up") == 1
+        assert told(caplog) == ["registry_available"]
+        await late.close()
+
+    run(story)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Names of the events that were logged."""
+    return [record.event_keys["event"] for record in caplog.records if hasattr(record, "event_keys")]
+
+
 def test_serving_goes_on_while_the_registry_is_away(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def story(bench: Bench) -> None:
         known = bench.loader.snapshot
@@ -455,9 +515,14 @@ def test_serving_goes_on_while_the_registry_is_away(run: Run, caplog: pytest.Log
 
     run(story)
     assert len([record for record in caplog.records if "serving goes on" in record.message]) == 1
+    assert "registry_unavailable" in told(caplog) and "registry_lost" not in told(caplog)
 
 
-def test_a_registry_with_another_history_or_an_older_state_is_lost_and_not_empty(run: Run, tmp_path: Path) -> None:
+def test_a_registry_with_another_history_or_an_older_state_is_lost_and_not_empty(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def story(bench: Bench) -> None:
         known = bench.loader.snapshot
         store, empty = bench.registry._store, SqliteStore(tmp_path / "another.sqlite")
@@ -471,6 +536,10 @@ def test_a_registry_with_another_history_or_an_older_state_is_lost_and_not_empty
         bench.registry._store = store
         await bench.loader.refresh()
         assert bench.loader.registry_error is None
+        assert [name for name in told(caplog) if name.startswith("registry")] == [
+            "registry_lost",
+            "registry_available",
+        ]
 
     run(story)
 
