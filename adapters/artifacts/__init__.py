@@ -9,7 +9,7 @@ from adapters.artifacts.fetching import fetch_package
 from adapters.artifacts.local import LocalArtifactStore
 from adapters.artifacts.opening import open_store, open_trees
 from adapters.artifacts.remote import RemoteArtifactStore
-from adapters.artifacts.trees import TreeStore
+from adapters.artifacts.trees import TreeStore, sweep_fetches
 
 __all__ = [
     "ArtifactStore",
@@ -21,4 +21,5 @@ __all__ = [
     "fetch_package",
     "open_store",
     "open_trees",
+    "sweep_fetches",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,11 @@ class Manifest(Strict):
         if manifest.digest != digest:
             raise _damaged(digest, f"it is that of {manifest.digest}")
         return manifest
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(record.size_bytes for record in self.files.values())
 
     def check_tree(self) -> None:
         """Refuse a manifest that is not the one its digest was made of. Raises: DigestMismatch."""
@@ -123,14 +128,17 @@ def record_of(path: Path) -> FileRecord:
         return FileRecord(size_bytes=file.tell(), sha256=f"sha256:{digest}")
 
 
-def tree_manifest(folder: Path) -> tuple[Manifest, dict[str, Stamp]]:
-    """The manifest of a folder, and the stamp each file had before it was read.
+def tree_manifest(folder: Path, before_each: Callable[[], object] = lambda: None) -> tuple[Manifest, dict[str, Stamp]]:
+    """The manifest of a folder, and the stamp each file had before it was read; `before_each` file that is called.
 
     Raises: InvalidPackage for a folder that cannot be read or holds no file, UnsafePath for a link, device or odd name.
     """
     try:
         stamps = {name: Stamp.of(folder / name) for name in tree_files(folder)}
-        records = {name: record_of(folder / name) for name in stamps}
+        records = {}
+        for name in stamps:
+            before_each()
+            records[name] = record_of(folder / name)
     except OSError as error:
         raise InvalidPackage(f"cannot read the folder {str(folder)!r}: {error.strerror}", param="path") from error
     if not records:

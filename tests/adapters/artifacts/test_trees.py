@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapters.artifacts import TreeStore, open_trees
+from adapters.artifacts import TreeStore, open_trees, sweep_fetches
 from adapters.artifacts.manifest import sha256
 from adapters.artifacts.objects import CHUNK_BYTES, Objects
 from adapters.errors import ArtifactNotFound, ArtifactUnavailable, Conflict, DigestMismatch, InvalidPackage, UnsafePath
@@ -236,6 +237,73 @@ def test_files_larger_than_a_piece_are_never_in_memory_as_a_whole(tmp_path: Path
     assert (tmp_path / "new" / "vectors.npy").stat().st_size == num_bytes
     assert peak < 3 * CHUNK_BYTES + MIB
     shutil.rmtree(tmp_path / "store")
+
+
+class Enough(Exception):
+    """Somebody does not want a transfer any more."""
+
+
+def test_a_transfer_tells_how_far_it_is_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    trees, tree = open_trees(tmp_path / "store"), make_tree(tmp_path / "tree")
+    total = sum(map(len, contents(tree).values()))
+    told: list[tuple[int, int]] = []
+
+    def report(num_bytes: int, total_bytes: int) -> None:
+        told.append((num_bytes, total_bytes))
+
+    def stop_half_way(num_bytes: int, total_bytes: int) -> None:
+        if num_bytes > total / 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        trees.put_tree(tree, stop_half_way)
+    assert trees.digests() == ()
+    digest = trees.put_tree(tree, report)
+    assert told[0] == (0, 0) and (told[-1], sorted(told)) == ((total, total), told)
+    first = next(num_bytes for num_bytes, total_bytes in told if total_bytes)
+    assert total / 2 < first < total  # what was sent before counts
+    with pytest.raises(Enough):
+        trees.fetch_tree(digest, tmp_path / "new", stop_half_way)
+    assert not (tmp_path / "new").exists()
+    told.clear()
+    trees.fetch_tree(digest, tmp_path / "new", report)
+    assert told[0][0] > total / 2 and told[-1] == (total, total)
+
+
+def test_one_small_file_is_read_without_the_others(trees: TreeStore, remote: Place, tmp_path: Path) -> None:
+    digest = trees.put_tree(make_tree(tmp_path / "tree"))
+    assert trees.read(digest, "media/a.jpg") == (tmp_path / "tree/media/a.jpg").read_bytes()
+    with pytest.raises(ArtifactNotFound, match="no file 'other'"):
+        trees.read(digest, "other")
+    with pytest.raises(ArtifactNotFound):
+        trees.read(ABSENT, "ids.json")
+    remote.fs.pipe_file(f"{remote.root}/trees/sha256/{digest.removeprefix('sha256:')}/ids.json", b"evil")
+    with pytest.raises(DigestMismatch):
+        trees.read(digest, "ids.json")
+
+
+def test_what_fetches_left_is_swept_once_it_is_old_and_nobody_works_at_it(
+    recorded: tuple[TreeStore, Recorded], tmp_path: Path
+) -> None:
+    trees, fs = recorded
+    digest = trees.put_tree(make_tree(tmp_path / "tree"))
+    fail_at(fs, "cat_file", "b c.jpg")
+    with pytest.raises(ArtifactUnavailable):
+        trees.fetch_tree(digest, tmp_path / "into" / "new")
+
+    def sweep(*_: object) -> None:
+        sweep_fetches(tmp_path / "into", time.time() + 60)
+
+    sweep_fetches(tmp_path / "into", time.time() - 60)
+    assert len(hidden(tmp_path / "into")) == 1
+    fs.before = lambda step, path: None
+    trees.fetch_tree(digest, tmp_path / "into" / "new", sweep)
+    assert contents(tmp_path / "into" / "new") == contents(tmp_path / "tree")
+    fail_at(fs, "cat_file", "b c.jpg")
+    with pytest.raises(ArtifactUnavailable):
+        trees.fetch_tree(digest, tmp_path / "into" / "other")
+    sweep()
+    assert hidden(tmp_path / "into") == [] and (tmp_path / "into" / "new").is_dir()
 
 
 # --- others at the same time -----------------------------------------------------------------------------------------
