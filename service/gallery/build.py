@@ -160,7 +160,8 @@ class GalleryBuild:
     def add(self, item: EmbeddedItem) -> None:
         """Take one embedded source.
 
-        Raises: NonFiniteTensor, MissingMedia (the file is gone or changed since the build began): quarantine the source.
+        Raises: NonFiniteTensor, MissingMedia (the file is gone, changed since the build began, or is not the one that the
+        source names): quarantine the source.
         """
         source = self._pending_source(item.id)
         vector, frames = self._checked_features(item)
@@ -327,18 +328,20 @@ class GalleryBuild:
             if self._stamps[source.id] != stamp(file):
                 raise MissingMedia(f"{file.name} changed while the gallery was being built", param=source.id)
             if self.plan.copy_media:
-                return self._copy_media(file)
+                return self._copy_media(source, file)
             record = FileRecord.of(file)
+            _check_expected(source, file, record)
         except OSError as error:
             raise MissingMedia(f"{file.name} cannot be read: {error.strerror}", param=source.id) from error
         return MediaReference(str(file), record.sha256, record.size_bytes, copied=False)
 
-    def _copy_media(self, file: Path) -> MediaReference:
+    def _copy_media(self, source: Source, file: Path) -> MediaReference:
         temporary = self._work / "media" / "copy.tmp"
         with open(file, "rb") as original, open(temporary, "wb") as copy:
             shutil.copyfileobj(original, copy, _CHUNK_BYTES)
             sync(copy)
         record = FileRecord.of(temporary)
+        _check_expected(source, file, record)
         suffix = file.suffix.lower()
         suffix = suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else ""
         path = f"media/{record.sha256.removeprefix('sha256:')}{suffix}"  # equal files share one copy
@@ -431,6 +434,11 @@ class GalleryBuild:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _check_expected(source: Source, file: Path, found: FileRecord) -> None:
+    if source.sha256 is not None and source.sha256 != found.sha256:
+        raise MissingMedia(f"{file.name} is not the file that was embedded before", param=source.id)
 
 
 def _error_code(error: Exception) -> str:

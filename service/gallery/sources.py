@@ -33,6 +33,7 @@ class Source:
     text: str | None = None
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     problem: str | None = None  # why it cannot go in, where that is known before its file is opened
+    sha256: str | None = None  # what the file must be, sha256:...; None: whatever it is
 
 
 class _Line(Strict):
@@ -119,7 +120,7 @@ def _is_within(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def sources_digest(sources: Iterable[Source]) -> str:
-    """A digest, sha256:..., of ids, texts, metadata, and path, size and modification time of files: changes when a build would."""
+    """A digest, sha256:..., of ids, texts, metadata, and path, size, time and expected digest of files: changes when a build would."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(canonical_json([*_describe_source(source), *stamp(source.file)]) + b"\n")
@@ -215,4 +216,4 @@ def _check_unique(placed: Sequence[tuple[str, Source]]) -> None:
 
 def _describe_source(source: Source) -> list[JsonValue]:
     file = None if source.file is None else os.fsencode(source.file).hex()
-    return [source.id, source.kind, file, source.text, dict(source.metadata)]
+    return [source.id, source.kind, file, source.text, dict(source.metadata), source.sha256]

@@ -179,14 +179,17 @@ class Gallery:
         return tuple(Quarantined(**json.loads(line)) for line in lines)
 
     def sources(self) -> list[Source]:
-        """What this version was made of, to build it anew with another adapter. Files are where the media are now, unchecked."""
-        items = map(self.item, range(len(self)))
-        return [
-            Source(
-                item.id, self.manifest.kind, self._located(item.media) if item.media else None, item.text, item.metadata
-            )
-            for item in items
-        ]
+        """What this version was made of, to build it anew with another adapter.
+
+        Files are where the media are now, unopened, and must be what they were: equal content is what the versions have in
+        common, and whoever may only build anew has no say in which files the server reads.
+        """
+        return [self._source(self.item(position)) for position in range(len(self))]
+
+    def _source(self, item: GalleryItem) -> Source:
+        file = self._located(item.media) if item.media else None
+        sha256 = item.media.sha256 if item.media else None
+        return Source(item.id, self.manifest.kind, file, item.text, item.metadata, sha256=sha256)
 
     def _located(self, media: MediaReference) -> Path:
         if not media.copied:

@@ -22,6 +22,7 @@ from service.gallery import (
     pool,
     read_sources,
 )
+from service.gallery.files import digest_file
 from tests.service.gallery.galleries import (
     OTHER_KEY,
     a_plan,
@@ -65,6 +66,21 @@ def test_media_that_changes_or_vanishes_during_the_build_is_not_taken(tmp_path):
             build.quarantine(source.id, MissingMedia("changed"))
         build.add(embedded(sources[2]))
         assert len(Gallery.open(build.finish())) == 1
+
+
+@pytest.mark.parametrize("copy_media", [False, True])
+def test_media_that_is_not_what_its_source_names_is_not_taken(tmp_path, copy_media):
+    sources = some_media(tmp_path / "media", 2)
+    sources = [replace(source, sha256=digest_file(source.file)[0]) for source in sources]
+    sources[0].file.write_bytes(b"another file, long before the build")
+    with GalleryBuild(tmp_path / "g", a_plan(copy_media=copy_media), sources) as build:
+        with pytest.raises(MissingMedia, match="not the file that was embedded before"):
+            build.add(embedded(sources[0]))
+        build.quarantine(sources[0].id, MissingMedia("changed"))
+        build.add(embedded(sources[1]))
+        path = build.finish()
+    assert len(Gallery.open(path, verify=True)) == 1
+    assert sum(b"another file" in data for data in contents(path).values()) == 0
 
 
 def test_a_source_that_never_existed_is_missing_not_fatal(tmp_path):

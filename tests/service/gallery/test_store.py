@@ -40,7 +40,10 @@ def test_a_version_gives_back_what_went_in(tmp_path, index, shard_size):
         assert gallery.thumbnail(position) == made.thumbnail
         assert gallery.media_path(position) == source.file
     assert gallery.index.search(np.array(gallery.vectors[5:6]), 3).positions[0, 0] == 5
-    assert gallery.sources() == sources
+    media = [gallery.item(position).media for position in range(8)]
+    assert gallery.sources() == [
+        replace(source, sha256=one.sha256) for source, one in zip(sources, media, strict=True) if one is not None
+    ]
 
 
 def test_frames_of_pads_with_zeros(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from adapters.errors import AdapterNotFound, ConversionError
 from service.auth import LOCAL
-from service.errors import BadQuery, DeadlineExceeded, GalleryBusy, GalleryNotFound, NotReady, Overloaded
+from service.errors import BadQuery, DeadlineExceeded, GalleryBusy, GalleryNotFound, MissingMedia, NotReady, Overloaded
 from service.gallery.sources import Source, read_sources
 from service.media import MediaSource, MediaWorkers
 from service.pipelines import galleries as galleries_module
@@ -395,3 +395,24 @@ def test_a_cancellation_waits_until_the_thread_is_through() -> None:
         assert ended
 
     asyncio.run(story())
+
+
+# --- embedding anew ------------------------------------------------------------------------------------------
+
+
+def test_what_is_embedded_anew_is_what_was_embedded_whatever_its_paths_lead_to_now(
+    service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "photo.png").write_bytes(picture(77))
+    (tmp_path / "media").mkdir()
+    record = build(service, "swapped", picture_sources(tmp_path / "media", 3))
+    (tmp_path / "media" / "1.png").unlink()
+    (tmp_path / "media" / "1.png").symlink_to(tmp_path / "private" / "photo.png")
+    with pytest.raises(MissingMedia, match="1 of 3 items"):
+        service.call(service.runtime.galleries.rebuild("swapped", record.version, "find", context()))
+    (tmp_path / "moved.png").write_bytes(picture(1))
+    (tmp_path / "media" / "1.png").unlink()
+    (tmp_path / "media" / "1.png").symlink_to(tmp_path / "moved.png")  # the same picture
+    again = service.call(service.runtime.galleries.rebuild("swapped", record.version, "find", context()))
+    assert (again.version, again.content) == (record.version + 1, record.content)
