@@ -31,7 +31,8 @@ class Settings(BaseSettings):
         default=None, description="Registry shared by replicas, redis://host:6379/0. Default: HOME/registry.sqlite."
     )
     artifacts_url: str | None = Field(
-        default=None, description="Where packages are kept: a folder, or s3://bucket/folder. Default: HOME/artifacts."
+        default=None,
+        description="Where packages, and galleries for other hosts, are kept: a folder or URL. Default: at home.",
     )
     artifact_cache_mib: int = Field(
         default=4096, ge=0, description="Disk for packages read from a URL; 0 fetches each of them at every load."

@@ -20,6 +20,7 @@ AdapterBankError
 ├── MissingMedia        a gallery item's media file is gone or changed
 ├── InsufficientRoom    no disk or memory for what was asked
 ├── AdapterDamaged      a registered adapter's stored files are gone or broken
+├── GalleryDamaged      a gallery version's stored files are gone, broken or another version's
 └── EngineFailed        the device thread met an error that is not the request's fault
 """
 
@@ -122,6 +123,10 @@ class InsufficientRoom(AdapterBankError):
 
 class AdapterDamaged(AdapterBankError):
     """A registered adapter cannot be loaded: its stored files are gone or broken. The server's fault, not the request's."""
+
+
+class GalleryDamaged(AdapterBankError):
+    """A gallery version cannot be opened: its stored files are gone, broken or another version's. The server's fault."""
 
 
 class EngineFailed(AdapterBankError):

@@ -23,6 +23,7 @@ from service.errors import GalleryNotFound
 from service.folders import HomeFolders, open_registry, push_folder
 from service.gallery.sources import read_sources
 from service.gallery.store import GalleryStore
+from service.gallery.trees import GalleryTrees
 from service.http.operator_schemas import (
     AliasReply,
     AuditLine,
@@ -37,7 +38,7 @@ from service.lifecycle.deployments import DEFAULT_TIMEOUT_S, Deployments
 from service.lifecycle.jobs import JobArguments
 from service.lifecycle.lifecycle import EXPIRY_S
 from service.pipelines.galleries import BuildOptions
-from service.runtime import Runtime, open_artifacts
+from service.runtime import Runtime, open_artifacts, open_gallery_trees
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class LocalOperator:
         self._settings = settings
         self._registry = open_registry(settings)
         self._deployments = Deployments(self._registry, open_artifacts(settings))
+        store = GalleryStore(HomeFolders(settings.home).galleries)
+        self._trees = GalleryTrees(store, open_gallery_trees(settings))
 
     def __enter__(self) -> Self:
         return self
@@ -172,13 +175,11 @@ class LocalOperator:
 
     def _details(self, name: str, snapshot: Snapshot) -> GalleryDetails:
         try:
-            live = snapshot.gallery(name).version
+            live = snapshot.gallery(name)
         except NotFound as error:
             raise GalleryNotFound(error.message, param="gallery") from error
-        store = GalleryStore(HomeFolders(self._settings.home).galleries)
-        known = {record.version for record in snapshot.gallery_versions[name]}
-        versions = [version for version in store.versions(name) if version in known]
-        return GalleryDetails.of(store.manifest(name, live), snapshot, versions)
+        versions = self._trees.openable(name, snapshot.gallery_versions[name])
+        return GalleryDetails.of(self._trees.manifest(live), snapshot, versions)
 
     def build_gallery(
         self,

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 import torch
 
-from adapters.artifacts import ArtifactStore, open_store
+from adapters.artifacts import ArtifactStore, TreeStore, open_store, open_trees
 from adapters.errors import MissingPart
 from adapters.registry import VersionRecord
 from service.admission import Admission
@@ -20,6 +20,7 @@ from service.config import MIB, Settings
 from service.engine import Engine
 from service.folders import HomeFolders, open_registry, remove_abandoned_pushes
 from service.gallery.store import GalleryStore
+from service.gallery.trees import GalleryTrees
 from service.lifecycle.deployments import Deployments
 from service.lifecycle.events import RegistryEvents
 from service.lifecycle.jobs import Jobs
@@ -70,6 +71,14 @@ def open_artifacts(settings: Settings) -> ArtifactStore:
     )
 
 
+def open_gallery_trees(settings: Settings) -> TreeStore | None:
+    """The store that hosts share galleries by: where packages are kept, if that is said; without it galleries stay at home.
+
+    Raises: as `open_artifacts`.
+    """
+    return None if settings.artifacts_url is None else open_trees(settings.artifacts_url)
+
+
 class Runtime:
     """One backbone, one device, one engine, and everything around them."""
 
@@ -110,8 +119,11 @@ class Runtime:
             self.metrics,
             feature_cache_bytes=settings.feature_cache_mib * MIB,
         )
+        trees = open_gallery_trees(settings)
+        store = GalleryStore(folders.galleries)
         self.galleries = Galleries(
-            GalleryStore(folders.galleries),
+            store,
+            GalleryTrees(store, trees),
             self.registry,
             self.loader,
             self.stages,
@@ -137,7 +149,7 @@ class Runtime:
             self.loader,
             Rollouts(self.replica_id, self.registry, self.loader, self.galleries, self.metrics),
             Jobs(self.replica_id, self.registry, self.loader, self.galleries),
-            Sweeper(self.replica_id, self.registry, self.artifacts, self.galleries.store),
+            Sweeper(self.replica_id, self.registry, self.artifacts, store, trees),
             self.metrics,
             validate=self._validate,
             describe=self._describe,
@@ -152,6 +164,7 @@ class Runtime:
             self.engine.start()
             await asyncio.to_thread(self.media.start)
             self.loader.start()
+            self.galleries.start()
             await self.lifecycle.start()
         except BaseException:
             await self.close()
@@ -174,6 +187,7 @@ class Runtime:
             stack.push_async_callback(asyncio.to_thread, self.media.close)
             stack.push_async_callback(asyncio.to_thread, self.engine.stop)
             stack.push_async_callback(self.loader.close)
+            stack.push_async_callback(self.galleries.close)
             stack.push_async_callback(self.lifecycle.close)
 
     async def _validate(self, version: VersionRecord) -> None:
@@ -189,6 +203,7 @@ class Runtime:
             "device": str(self.backbone.device),
             "backbone": self.backbone.digest,
             "resident": {tier: sorted(held) for tier, held in self.bank.residency().items()},
+            "galleries": self.galleries.describe(),
         }
 
     def status(self) -> dict[str, object]:

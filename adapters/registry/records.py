@@ -170,6 +170,7 @@ class GalleryRecord:
     """One numbered version of a gallery: a content, embedded with one adapter.
 
     `content` counts what is in the gallery: versions with equal content hold the same items, embedded differently.
+    `tree` is the digest of its folder in the store of trees; None where it was not put there.
     """
 
     kind: ClassVar = "gallery"
@@ -185,6 +186,7 @@ class GalleryRecord:
     reason: str | None
     created_at: float
     updated_at: float
+    tree: str | None = None
 
     @property
     def key(self) -> str:

@@ -241,10 +241,20 @@ class Registry:
         )
 
     def set_gallery_status(
-        self, name: str, version: int, status: GalleryStatus, *, reason: str | None = None, actor: str = "system"
+        self,
+        name: str,
+        version: int,
+        status: GalleryStatus,
+        *,
+        reason: str | None = None,
+        tree: str | None = None,
+        actor: str = "system",
     ) -> GalleryRecord:
-        """Move a gallery version on. Raises: NotFound; Conflict when there is no such step, or the version is live."""
-        return self._change(actor, lambda draft: rules.set_gallery_status(draft, name, version, status, reason))
+        """Move a gallery version on. `tree` is the digest of its folder, where that was put into the store of trees.
+
+        Raises: NotFound; Conflict when there is no such step, or the version is live; InvalidReference for no digest.
+        """
+        return self._change(actor, lambda draft: rules.set_gallery_status(draft, name, version, status, reason, tree))
 
     def set_live_gallery(
         self,

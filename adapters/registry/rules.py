@@ -283,9 +283,11 @@ def add_gallery_version(
 
 
 def set_gallery_status(
-    draft: Draft, name: str, version: int, status: GalleryStatus, reason: str | None
+    draft: Draft, name: str, version: int, status: GalleryStatus, reason: str | None, tree: str | None = None
 ) -> GalleryRecord:
-    """Move a gallery version on."""
+    """Move a gallery version on; `tree` is where its folder was put, if it was."""
+    if tree is not None:
+        check_digest(tree, param="tree")
     record = draft.before.gallery(name, version)
     if status not in GALLERY_TRANSITIONS[record.status]:
         raise Conflict(f"gallery {name}@{version} is {record.status} and cannot become {status}", param="status")
@@ -304,7 +306,7 @@ def set_gallery_status(
                 f"gallery {name}@{version} cannot become {status} while operation {job.id} makes it live",
                 param="status",
             )
-    after = replace(record, status=status, reason=reason, updated_at=draft.now)
+    after = replace(record, status=status, reason=reason, updated_at=draft.now, tree=tree or record.tree)
     draft.put(after)
     draft.note("set_gallery_status", record.key, record.status, status, reason)
     return after

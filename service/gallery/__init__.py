@@ -26,6 +26,7 @@ from service.gallery.manifest import (
 )
 from service.gallery.sources import Source, read_sources, sources_digest
 from service.gallery.store import Gallery, GalleryStore
+from service.gallery.trees import GalleryTrees
 
 __all__ = [
     "DEFAULT_TAU",
@@ -40,6 +41,7 @@ __all__ = [
     "GalleryManifest",
     "GalleryPlan",
     "GalleryStore",
+    "GalleryTrees",
     "IndexKind",
     "MediaReference",
     "Pooling",

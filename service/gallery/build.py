@@ -115,6 +115,8 @@ class GalleryBuild:
         self._lock: BinaryIO | None = locked(self._folder / ".lock", plan.name)
         try:
             self._work = self._folder / f".build-{self._key(sources)}"
+            self._out = self._work / "out"
+            self._target: Path | None = None  # once `write` is through
             self._shards: dict[str, _Shard] = {}
             self._durable: set[str] = set()  # ids in shards
             self._dimension: int | None = None
@@ -192,7 +194,12 @@ class GalleryBuild:
         self._quarantined[source_id] = entry
 
     def finish(self, version: int | None = None) -> Path:
-        """Write the version, by default the next free number, and return its folder. Ends the build.
+        """Write the version, by default the next free number, and return its folder. Ends the build. Raises: as `write`."""
+        self.write(version)
+        return self.publish()
+
+    def write(self, version: int | None = None) -> Path:
+        """Write the version's files where nobody looks for them, and return that folder. Until `publish` nothing else happens.
 
         Raises: Conflict if the number is taken, ConversionError if every source was quarantined.
         """
@@ -212,9 +219,16 @@ class GalleryBuild:
         target = self._folder / f"v{version}"
         if target.exists():
             raise Conflict(f"gallery {self.plan.name!r} has a version {version} already", param="version")
-        out = self._work / "out"
-        self._write_version(out, ids, version)
-        os.rename(out, target)
+        self._write_version(self._out, ids, version)
+        self._target = target
+        return self._out
+
+    def publish(self) -> Path:
+        """Let the version that was written appear, by one rename, and return its folder. Ends the build."""
+        target = self._target
+        if self._lock is None or target is None:
+            raise ValueError("this build is closed, or nothing was written")
+        os.rename(self._out, target)
         sync_folder(self._folder)
         shutil.rmtree(self._work)
         self._unlock()
@@ -245,7 +259,7 @@ class GalleryBuild:
 
     def _clear_out(self) -> None:
         """Undo an attempt to write the version."""
-        out = self._work / "out"
+        out = self._out
         if (out / "media").exists():
             os.rename(out / "media", self._work / "media")
         if out.exists():
@@ -400,6 +414,8 @@ class GalleryBuild:
         )
         write_file(out / "manifest.json", manifest.model_dump_json(indent=2).encode() + b"\n")
         if self.plan.copy_media:
+            for leftover in (self._work / "media").glob("*.tmp"):
+                leftover.unlink()
             os.rename(self._work / "media", out / "media")
         sync_folder(out)
 

@@ -11,6 +11,7 @@
         index.faiss                 the graph of an `hnsw` index
         media/SHA256.EXT            copies, where the build was told to copy
     ROOT/NAME/.build-KEY/           a build in progress: shards, quarantine list, media copies
+    ROOT/NAME/.v3.DIGEST.part/      a version that is being fetched from another host's
     ROOT/NAME/.lock                 held by whoever builds
     ROOT/NAME/.last-version         the highest number when one was deleted: a number is never given twice
 
@@ -25,11 +26,15 @@ import shutil
 import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from adapters.artifacts import sweep_fetches
+from adapters.artifacts.manifest import FileRecord as TreeFile
+from adapters.artifacts.manifest import record_of, tree_digest
 from adapters.config import check_name
 from adapters.errors import DigestMismatch, InvalidPackage, InvalidReference, UnsafePath
 from service.errors import GalleryBusy, GalleryNotFound, MissingMedia
@@ -116,6 +121,15 @@ class Gallery:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def tree_digest(self) -> str:
+        """The digest of this version's folder in a `TreeStore`, from what its manifest and the names of its copies say."""
+        files = {name: TreeFile(**dict(record)) for name, record in self.manifest.files.items()}
+        files["manifest.json"] = record_of(self.path / "manifest.json")
+        for copy in (self.path / "media").glob("*"):
+            files[f"media/{copy.name}"] = TreeFile(size_bytes=copy.stat().st_size, sha256=f"sha256:{copy.name[:64]}")
+        return tree_digest(files)
 
     def position_of(self, item_id: str) -> int:
         """Raises: GalleryNotFound."""
@@ -247,9 +261,17 @@ class GalleryStore:
         folders = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
         return [name for name in folders if _is_name(name) and version_numbers(self.root / name)]
 
+    def numbers(self, name: str) -> list[int]:
+        """The versions of a gallery, ascending; none for one that nobody has. Raises: InvalidReference."""
+        return version_numbers(self.root / check_name(name, param="gallery"))
+
+    def has(self, name: str, version: int) -> bool:
+        """Whether a version is here. Raises: InvalidReference."""
+        return (self.root / check_name(name, param="gallery") / f"v{version}" / "manifest.json").is_file()
+
     def versions(self, name: str) -> list[int]:
         """Ascending. Raises: GalleryNotFound listing the galleries there are, InvalidReference."""
-        versions = version_numbers(self.root / check_name(name, param="gallery"))
+        versions = self.numbers(name)
         if not versions:
             raise GalleryNotFound(f"no gallery {name!r}; {_known(self.names())}", param="gallery")
         return versions
@@ -301,8 +323,13 @@ class GalleryStore:
         """Begin or carry on a build. Raises: as `GalleryBuild`."""
         return GalleryBuild(self.root, plan, sources, shard_size=shard_size)
 
-    def sweep_builds(self, before: float, keep: Collection[str] = ()) -> None:
-        """Remove the work of builds that nobody went on with since a time (seconds since 1970), but of galleries to `keep`."""
+    def sweep_work(self, before: float, keep: Collection[str] = ()) -> None:
+        """Remove what builds and fetches left that nobody went on with since a time (seconds since 1970).
+
+        The builds of galleries to `keep` stay.
+        """
+        for folder in self.root.glob("*/"):
+            sweep_fetches(folder, before)
         for work in self.root.glob("*/.build-*"):
             if work.parent.name in keep or work.stat().st_mtime >= before:
                 continue

@@ -70,6 +70,7 @@ TABLE: Mapping[type[AdapterBankError], Rule] = {
     service_errors.NoFreeSlot: Rule(429, "no_free_slot", retry_after_s=1.0),
     service_errors.InsufficientRoom: Rule(507, "insufficient_room"),
     service_errors.AdapterDamaged: Rule(503, "adapter_damaged", retry_after_s=30.0),
+    service_errors.GalleryDamaged: Rule(503, "gallery_damaged", retry_after_s=30.0),
     service_errors.NotReady: Rule(503, "not_ready", retry_after_s=5.0),
     adapter_errors.ArtifactUnavailable: Rule(503, "artifact_unavailable", retry_after_s=5.0),
     adapter_errors.RegistryLost: Rule(503, "registry_lost", retry_after_s=10.0),

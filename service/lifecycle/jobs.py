@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from adapters.config import Strict, describe
 from adapters.errors import AdapterBankError, Conflict, InvalidReference, NotFound
-from adapters.registry import GalleryRecord, JobRecord, Registry, Snapshot
+from adapters.registry import GalleryRecord, JobRecord, Registry, Replica, Snapshot
 from adapters.registry.rules import UNSET, Unset
 from service.auth import EVERY_ADAPTER, Principal
 from service.errors import BadQuery
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 MAX_RUNNING = 2  # jobs that one replica does at a time
 JOB_TIMEOUT_S = 7 * 24 * 3600.0
 RETRY_S = 2.0
+SPREAD_TIMEOUT_S = 600.0  # how long a version that was made waits for other servers to fetch it
+SPREAD_POLL_S = 0.5
 
 
 class JobArguments(Strict):
@@ -103,6 +105,7 @@ class Jobs:
         self._galleries = galleries
         self._running: dict[str, asyncio.Task[None]] = {}
         self._tokens: dict[str, int] = {}  # of those that run
+        self._others: set[str] = set()  # replicas that live, as of the last `advance`
         self.progress: dict[str, BuildProgress] = {}
 
     async def advance(self, snapshot: Snapshot, alive: Collection[str]) -> None:
@@ -112,7 +115,7 @@ class Jobs:
         for job_id, task in self._running.items():
             if job_id not in active or active[job_id].token > self._tokens[job_id]:
                 task.cancel()
-        others = set(alive) - {self._replica_id}  # a claim of our own is from before we lost it
+        others = self._others = set(alive) - {self._replica_id}  # a claim of our own is from before we lost it
         for job in active.values():
             if len(self._running) >= MAX_RUNNING:
                 return
@@ -157,6 +160,7 @@ class Jobs:
         """Whether it came to an end; if not, it may at another try. Raises: Conflict when it is not ours to end."""
         try:
             record, follows = await self._work(job)
+            await self._spread(job, record)
             finish = self._registry.finish_job
             await asyncio.to_thread(finish, job.id, job.token, record.version, follows=follows, actor=self._replica_id)
             log.info("operation %s: gallery %s is live", job.id, record.key)
@@ -171,6 +175,23 @@ class Jobs:
         except Exception:
             log.exception("operation %s failed", job.id)
             return await self._fail(job, f"replica {self._replica_id} failed; its log has the reason")
+
+    async def _spread(self, job: JobRecord, record: GalleryRecord) -> None:
+        """Wait until the others that serve have the version, if they have to fetch it: their searches would. Not for ever."""
+        if record.tree is None:
+            return
+        generation = (await asyncio.to_thread(self._registry.revision)).generation
+        end = time.monotonic() + SPREAD_TIMEOUT_S
+        while lacking := await asyncio.to_thread(self._lacking, record, generation):
+            if time.monotonic() > end:
+                log.warning("operation %s does not wait for %s to fetch %s", job.id, ", ".join(lacking), record.key)
+                return
+            await asyncio.sleep(SPREAD_POLL_S)
+
+    def _lacking(self, record: GalleryRecord, generation: int) -> list[str]:
+        """The others that serve and have not said, with the registry seen at a generation, that the version is there."""
+        replicas = [replica for replica in self._registry.replicas() if replica.id in self._others]
+        return [r.id for r in replicas if r.is_serving and not _has(r, record.key, generation)]
 
     async def _fail(self, job: JobRecord, error: str) -> bool:
         try:
@@ -218,6 +239,15 @@ class Jobs:
         record = await self._galleries.rebuild(job.gallery, job.from_version, reference, context, report)
         await keep(record)
         return record, follows
+
+
+def _has(replica: Replica, gallery: str, generation: int) -> bool:
+    """Whether a replica said that it has a version, or is of a program that does not say such things."""
+    said = replica.details.get("galleries")
+    if not isinstance(said, dict):
+        return True
+    seen, missing = said.get("generation"), said.get("missing")
+    return isinstance(seen, int) and seen >= generation and isinstance(missing, list) and gallery not in missing
 
 
 def embedder_of(snapshot: Snapshot, gallery: str, version: int | None = None) -> str:

@@ -1,10 +1,12 @@
 """Galleries as requests and builds meet them: the live version by name, its media, its embedding key; building one."""
 
 import asyncio
+import logging
 import os
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast, get_args
 
@@ -31,14 +33,19 @@ from service.errors import (
 from service.gallery.build import EmbeddedItem, GalleryBuild
 from service.gallery.frames import DEFAULT_TAU, Pooling
 from service.gallery.index import IndexKind
-from service.gallery.manifest import EmbeddedBy, GalleryKind, GalleryPlan, embedding_key
+from service.gallery.manifest import EmbeddedBy, GalleryKind, GalleryManifest, GalleryPlan, embedding_key
 from service.gallery.sources import Source
 from service.gallery.store import Gallery, GalleryStore
+from service.gallery.trees import GalleryTrees
 from service.loader import Loader, Pin
 from service.pipelines.stages import Medium, StageRunner, preprocessing_of, text_limit, tokenize_within
 from service.types import MediaKind, RequestContext
 
+log = logging.getLogger(__name__)
+
 BUILD_CONCURRENCY = 8
+AHEAD_INTERVAL_S = 60.0  # when fetching ahead of time is tried again, unless something changes
+MAX_AHEAD = 2  # versions fetched ahead of time at once: fewer than there are threads, so that requests go first
 MAX_MISSING_SHARE = 0.01  # of a gallery's items that may be lost when it is embedded anew
 ROOM_FACTOR = 1.2
 
@@ -81,6 +88,7 @@ class Galleries:
     def __init__(
         self,
         store: GalleryStore,
+        trees: GalleryTrees,
         registry: Registry,
         loader: Loader,
         stages: StageRunner,
@@ -89,10 +97,28 @@ class Galleries:
     ) -> None:
         """`rollback_window_s`: how long after an alias moved its galleries are kept ready for a rollback."""
         self.store = store
+        self._trees = trees
+        self._ahead: asyncio.Task[None] | None = None
+        self._ahead_slots = asyncio.Semaphore(MAX_AHEAD)
+        self._changed = asyncio.Event()
+        self._looked_at = 0  # the registry's generation as of the last look at what is missing
+        self._lacking: set[str] = set()  # keys of what is
         self._rollback_window_s = rollback_window_s
         self._registry = registry
         self._loader = loader
         self._stages = stages
+
+    def start(self) -> None:
+        """Begin to fetch what is searched, or about to be, and not here; and go on doing so."""
+        self._loader.on_change(self._changed.set)
+        self._ahead = asyncio.create_task(self._fetch_ahead_on())
+
+    async def close(self) -> None:
+        """Stop fetching; who waits for it gets NotReady."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
+        await asyncio.to_thread(self._trees.close)
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -101,7 +127,7 @@ class Galleries:
     ) -> tuple[GalleryRecord, Gallery]:
         """The live version of a gallery, open. A name nobody knows makes the loader look at the registry once more.
 
-        Raises: GalleryNotFound listing the galleries that the principal may see, Forbidden.
+        Raises: GalleryNotFound listing the galleries that the principal may see, Forbidden; what `version` raises.
         """
         record = await self._record(name, None, principal, routing_key)
         gallery = await self.version(name, record.version, principal)
@@ -109,18 +135,95 @@ class Galleries:
         return record, gallery
 
     async def version(self, name: str, version: int, principal: Principal) -> Gallery:
-        """One version, open. Raises: GalleryNotFound, Forbidden when it belongs to an adapter that may not be used."""
-        await self._record(name, version, principal)  # a deleted version's folder stays for a while
-        gallery = await asyncio.to_thread(self.store.open, name, version)
+        """One version, open. One that another host made is fetched first, once for all who wait.
+
+        Raises: GalleryNotFound, Forbidden when it belongs to an adapter that may not be used, GalleryDamaged,
+        ArtifactUnavailable, InsufficientRoom.
+        """
+        record = await self._record(name, version, principal)  # a deleted version's folder stays for a while
+        if not self.store.is_open(name, version):
+            await self._fetch(record)
+        gallery = await asyncio.to_thread(self._trees.open, record)
         if not principal.allows(gallery.manifest.adapter.name):
             raise forbidden_gallery(name)
         return gallery
 
+    async def manifest(self, name: str, version: int | None, principal: Principal) -> GalleryManifest:
+        """What a version is, by default the live one. It is opened where it is here, and not fetched where it is not.
+
+        Raises: as `version`.
+        """
+        record = await self._record(name, version, principal)
+        if not await asyncio.to_thread(self._trees.is_missing, record):
+            return (await self.version(name, record.version, principal)).manifest
+        manifest = await asyncio.to_thread(self._trees.manifest, record)
+        if not principal.allows(manifest.adapter.name):
+            raise forbidden_gallery(name)
+        return manifest
+
     async def versions(self, name: str, principal: Principal) -> list[int]:
-        """The numbers of the versions that can be opened. Raises: GalleryNotFound."""
-        numbers = await asyncio.to_thread(self.store.versions, name)
-        seen = {record.version for record in self._loader.view(principal).gallery_versions.get(name, ())}
-        return [number for number in numbers if number in seen]
+        """The numbers of the versions that can be opened, be it after fetching them."""
+        records = self._loader.view(principal).gallery_versions.get(name, ())
+        return await asyncio.to_thread(self._trees.openable, name, records)
+
+    async def _fetch(self, record: GalleryRecord) -> None:
+        """Bring a version here that is not, once for all who wait; who leaves early leaves the others their fetch."""
+        if not await asyncio.to_thread(self._trees.is_missing, record):
+            return
+        fetch = self._trees.fetch(record)
+        fetched = asyncio.wrap_future(fetch)
+        fetched.add_done_callback(lambda done: done.cancelled() or done.exception())  # who leaves early does not look
+        try:
+            await asyncio.shield(fetched)
+        except asyncio.CancelledError:
+            if fetch.cancelled():
+                raise NotReady("the server is shutting down") from None
+            raise
+
+    def describe(self) -> dict[str, object]:
+        """What other replicas are told: which versions are missing here, as of which generation of the registry."""
+        return {"generation": self._looked_at, "missing": sorted(self._lacking)}
+
+    async def _fetch_ahead_on(self) -> None:
+        running: set[str] = set()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                try:
+                    for record in await self._look():
+                        if record.key not in running:
+                            running.add(record.key)
+                            tasks.create_task(self._fetch_ahead(record, running))
+                except OSError:
+                    log.exception("what galleries are missing cannot be seen")  # and will be looked at again
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(AHEAD_INTERVAL_S):
+                        await self._changed.wait()
+
+    async def _look(self) -> list[GalleryRecord]:
+        """What is missing here now. Raises: OSError."""
+        snapshot = self._loader.snapshot
+        missing = await asyncio.to_thread(self._missing, snapshot)
+        self._looked_at, self._lacking = snapshot.generation, {record.key for record in missing}
+        return missing
+
+    def _missing(self, snapshot: Snapshot) -> list[GalleryRecord]:
+        """What requests search, or will when a job ends, and is not here though it could be."""
+        wanted = {(head.name, number) for head in snapshot.heads for number in (head.live, head.canary)}
+        wanted |= {(job.gallery, job.version) for job in snapshot.active_jobs}
+        return [r for r in snapshot.galleries if (r.name, r.version) in wanted and self._trees.is_missing(r)]
+
+    async def _fetch_ahead(self, record: GalleryRecord, running: set[str]) -> None:
+        try:
+            async with self._ahead_slots:
+                await self._fetch(record)
+            self._lacking.discard(record.key)
+        except AdapterBankError as error:
+            log.warning("gallery %s was not fetched ahead of time: %s", record.key, error.message)
+        except Exception:
+            log.exception("gallery %s was not fetched ahead of time", record.key)  # and no other is kept from it
+        finally:
+            running.discard(record.key)
 
     async def _record(
         self, name: str, version: int | None, principal: Principal, routing_key: str | None = None
@@ -247,7 +350,8 @@ class Galleries:
     ) -> GalleryRecord:
         """Embed the content of a version anew, with another adapter. The new version is ready, and not live.
 
-        Raises: as `build`; MissingMedia when more than MAX_MISSING_SHARE of the items are gone, InsufficientRoom.
+        An item whose file is not the one that was embedded counts as gone.
+        Raises: as `build` and `version`; MissingMedia when more than MAX_MISSING_SHARE of the items are gone.
         """
         gallery = await self.version(name, version, context.principal)
         await asyncio.to_thread(check_room, gallery)
@@ -277,6 +381,7 @@ class Galleries:
         if pin.config is not None and pin.config.task != "retrieval":
             raise BadQuery(f"{pin.info.name} was made for {pin.config.task}, not for retrieval", param="adapter")
         self._stages.backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
+        await asyncio.to_thread(self._trees.check)
         plan = self._plan(name, pin, options)
         with ExitStack() as stack:  # which closes the build also when the wait for it is cancelled
             build = await to_thread_whole(lambda: stack.enter_context(self.store.build(plan, sources)))
@@ -287,7 +392,9 @@ class Galleries:
                     f"at most {max_quarantined} may be left out",
                     param="gallery",
                 )
-            return await to_thread_whole(self._publish, build, pin, content)
+            stop = threading.Event()
+            publish = asyncio.to_thread(self._publish, build, pin, content, context.deadline, stop)
+            return await through(publish, stop)
 
     def _check_takeover(self, name: str, principal: Principal) -> None:
         """Nobody puts a version of their own in the place of one they may not see. Raises: Forbidden."""
@@ -312,8 +419,14 @@ class Galleries:
             copy_media=options.copy_media,
         )
 
-    def _publish(self, build: GalleryBuild, pin: Pin, content: int | None) -> GalleryRecord:
-        """Take a number from the registry and write that version. A crash in between costs a number, no more."""
+    def _publish(
+        self, build: GalleryBuild, pin: Pin, content: int | None, deadline: float, stop: threading.Event
+    ) -> GalleryRecord:
+        """Take a number from the registry, write that version, and put it where other hosts find it; then it is ready.
+
+        What was embedded is kept until everybody can find the version: a crash before that costs a number, no more, which
+        the sweeper gives up. Raises: as `GalleryTrees.put`.
+        """
         plan, registry = build.plan, self._registry
         record = registry.add_gallery_version(
             plan.name,
@@ -325,13 +438,15 @@ class Galleries:
             status="building",
         )
         try:
-            build.finish(record.version)
+            folder = build.write(record.version)
+            tree = self._trees.put(record, folder, deadline=deadline, stop=stop)
+            build.publish()
         except BaseException as error:
             registry.set_gallery_status(
                 plan.name, record.version, "deleted", reason=f"it could not be written: {error}"
             )
             raise
-        return registry.set_gallery_status(plan.name, record.version, "ready")
+        return registry.set_gallery_status(plan.name, record.version, "ready", tree=tree)
 
     async def _embed_all(
         self,
@@ -456,11 +571,19 @@ def check_room(gallery: Gallery) -> None:
 
 async def to_thread_whole(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Like `asyncio.to_thread`, but a cancellation waits until the thread is through with it."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    return await through(asyncio.to_thread(function, *args, **kwargs), threading.Event())
+
+
+async def through(work: Awaitable[T], stop: threading.Event) -> T:
+    """Wait for work; a cancellation sets `stop`, and waits until the work is through."""
+    future = asyncio.ensure_future(work)
     try:
-        return await asyncio.shield(work)
+        return await asyncio.shield(future)
     except asyncio.CancelledError:
-        await asyncio.wait({work})
+        stop.set()
+        await asyncio.wait({future})
+        if not future.cancelled():
+            future.exception()  # nobody else will look at it
         raise
 
 

@@ -10,18 +10,20 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from adapters.errors import AdapterBankError, InvalidReference
-from service.errors import Forbidden, GalleryNotFound, MissingMedia, UnsupportedMedia
-from service.gallery import Gallery
-from service.http.dependencies import PrincipalDep, RuntimeDep, ViewDep
+from adapters.errors import AdapterBankError, ArtifactUnavailable, InvalidReference
+from service.errors import Forbidden, GalleryDamaged, GalleryNotFound, MissingMedia, UnsupportedMedia
+from service.gallery import Gallery, GalleryManifest
+from service.http.dependencies import ExchangeDep, PrincipalDep, RuntimeDep, ViewDep
 from service.http.errors import RefusedRequest, responses
 from service.http.schemas import GalleriesReply, GalleryDetails, ItemReply, ItemsReply, item_path
 from service.media.source import clip_format, picture_format
+from service.pipelines.stages import within_deadline
 
 log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/galleries", tags=["galleries"])
 
+OPENING = (GalleryNotFound, InvalidReference, GalleryDamaged, ArtifactUnavailable)  # what opening a version may raise
 DEFAULT_PAGE_ITEMS = 50
 MAX_PAGE_ITEMS = 200
 PAGE_PATTERN = r"^v[1-9][0-9]{0,8}\.[0-9]{1,12}$"
@@ -35,30 +37,40 @@ MEDIA_TYPES = {
 }
 
 
-async def open_gallery(
-    name: str,
-    runtime: RuntimeDep,
-    principal: PrincipalDep,
-    version: Annotated[int | None, Query(ge=1, description="Default: the live version.")] = None,
-) -> Gallery:
-    """The version of a gallery that a request is about."""
-    if version is not None:
-        return await runtime.galleries.version(name, version, principal)
-    _, gallery = await runtime.galleries.live(name, principal)
-    return gallery
+Version = Annotated[int | None, Query(ge=1, description="Default: the live version.")]
+
+
+async def open_gallery(name: str, runtime: RuntimeDep, exchange: ExchangeDep, version: Version = None) -> Gallery:
+    """The version of a gallery that a request is about, fetched within its deadline where it is not here."""
+    context = exchange.context
+    async with within_deadline(context):
+        if version is not None:
+            return await runtime.galleries.version(name, version, context.principal)
+        _, gallery = await runtime.galleries.live(name, context.principal)
+        return gallery
+
+
+async def read_manifest(
+    name: str, runtime: RuntimeDep, exchange: ExchangeDep, version: Version = None
+) -> GalleryManifest:
+    """What the version is that a request is about; it is not fetched for that."""
+    async with within_deadline(exchange.context):
+        return await runtime.galleries.manifest(name, version, exchange.context.principal)
 
 
 GalleryDep = Annotated[Gallery, Depends(open_gallery)]
+ManifestDep = Annotated[GalleryManifest, Depends(read_manifest)]
 
 
 @router.get("", responses=responses())
-async def list_galleries(runtime: RuntimeDep, view: ViewDep, principal: PrincipalDep) -> GalleriesReply:
+async def list_galleries(runtime: RuntimeDep, view: ViewDep, exchange: ExchangeDep) -> GalleriesReply:
     """Every gallery that the key may search. One that cannot be opened is left out, and the log says why."""
+    principal = exchange.context.principal
     galleries = []
     for name in sorted(view.gallery_versions):
         try:
-            _, gallery = await runtime.galleries.live(name, principal)
-            galleries.append(await get_gallery(gallery, runtime, principal))
+            manifest = await read_manifest(name, runtime, exchange)
+            galleries.append(await get_gallery(manifest, runtime, principal))
         except Forbidden:
             continue  # older versions may be seen, the live one may not
         except AdapterBankError as error:
@@ -66,11 +78,11 @@ async def list_galleries(runtime: RuntimeDep, view: ViewDep, principal: Principa
     return GalleriesReply(galleries=galleries)
 
 
-@router.get("/{name}", responses=responses(GalleryNotFound, InvalidReference))
-async def get_gallery(gallery: GalleryDep, runtime: RuntimeDep, principal: PrincipalDep) -> GalleryDetails:
+@router.get("/{name}", responses=responses(*OPENING))
+async def get_gallery(manifest: ManifestDep, runtime: RuntimeDep, principal: PrincipalDep) -> GalleryDetails:
     """One gallery: what it holds and how it was embedded."""
-    versions = await runtime.galleries.versions(gallery.manifest.name, principal)
-    return GalleryDetails.of(gallery.manifest, runtime.loader.view(principal), versions)
+    versions = await runtime.galleries.versions(manifest.name, principal)
+    return GalleryDetails.of(manifest, runtime.loader.view(principal), versions)
 
 
 class PageStart(NamedTuple):
@@ -88,11 +100,11 @@ class PageStart(NamedTuple):
         return cls(int(version), int(offset))
 
 
-@router.get("/{name}/items", responses=responses(GalleryNotFound, InvalidReference))
+@router.get("/{name}/items", responses=responses(*OPENING))
 async def list_items(
     name: str,
     runtime: RuntimeDep,
-    principal: PrincipalDep,
+    exchange: ExchangeDep,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE_ITEMS)] = DEFAULT_PAGE_ITEMS,
     page: Annotated[str | None, Query(pattern=PAGE_PATTERN, description="`next_page` of the page before.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Default: the page's, else the live version.")] = None,
@@ -101,7 +113,7 @@ async def list_items(
     start = PageStart.of(page)
     if version is not None and start.version not in (None, version):
         raise RefusedRequest(f"the page belongs to version {start.version}", param="version")
-    gallery = await open_gallery(name, runtime, principal, version or start.version)
+    gallery = await open_gallery(name, runtime, exchange, version or start.version)
     return await to_thread.run_sync(items_page, gallery, start.offset, limit)
 
 
@@ -139,7 +151,7 @@ def item_reply(gallery: Gallery, position: int) -> ItemReply:
 
 @router.get(
     "/{name}/items/{item_id:path}/thumbnail",
-    responses=responses(GalleryNotFound, InvalidReference, MissingMedia) | {200: {"content": {"image/jpeg": {}}}},
+    responses=responses(*OPENING, MissingMedia) | {200: {"content": {"image/jpeg": {}}}},
     response_class=Response,
 )
 def get_thumbnail(item_id: str, request: Request, gallery: GalleryDep) -> Response:
@@ -154,7 +166,7 @@ def get_thumbnail(item_id: str, request: Request, gallery: GalleryDep) -> Respon
 
 @router.get(
     "/{name}/items/{item_id:path}/media",
-    responses=responses(GalleryNotFound, InvalidReference, MissingMedia, UnsupportedMedia)
+    responses=responses(*OPENING, MissingMedia, UnsupportedMedia)
     | {
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
         206: {"description": "A range of it."},
@@ -169,7 +181,7 @@ def get_media(item_id: str, request: Request, gallery: GalleryDep) -> Response:
     return MediaFile(path, media_type=media_type_of(path), headers=caching(request))
 
 
-@router.get("/{name}/items/{item_id:path}", responses=responses(GalleryNotFound, InvalidReference))
+@router.get("/{name}/items/{item_id:path}", responses=responses(*OPENING))
 def get_item(item_id: str, gallery: GalleryDep) -> ItemReply:
     """One item."""
     return item_reply(gallery, gallery.position_of(item_id))

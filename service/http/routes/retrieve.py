@@ -19,6 +19,8 @@ router = APIRouter(
         adapter_errors.MissingPart,
         adapter_errors.BackboneMismatch,
         service_errors.GalleryNotFound,
+        service_errors.GalleryDamaged,
+        adapter_errors.ArtifactUnavailable,
         service_errors.IndexStale,
         service_errors.MissingMedia,
         service_errors.BadQuery,

@@ -1,10 +1,12 @@
 """What every registry must do, whatever stores it. A new implementation joins by its entry in BACKENDS."""
 
+import json
 import multiprocessing
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from adapters.errors import (
 )
 from adapters.registry import UNSET, AliasReference, Expect, Memory, PackageInfo, Registry, Replica, VersionReference
 from adapters.registry.records import GALLERY_TRANSITIONS, TRANSITIONS, Canary, JobRecord, Status
+from adapters.registry.store import Write
 from tests.adapters.registry.places import BACKENDS, Place
 
 
@@ -234,6 +237,25 @@ def test_gallery_versions_and_the_live_one(registry: Registry, place: Place) -> 
     assert read.gallery("clips") == moved
     assert read.gallery("clips", 1).embedding_key == "k1"
     assert (first.embedding_key, first.adapter, first.adapter_name) == ("k1", digest(1), "retrieval")
+
+
+def test_a_gallery_version_remembers_where_its_folder_was_put(registry: Registry, place: Place) -> None:
+    registry.add_gallery_version("clips", embedding_key="key", adapter=digest(1), status="building")
+    with pytest.raises(InvalidReference, match="no digest"):
+        registry.set_gallery_status("clips", 1, "ready", tree="elsewhere")
+    assert registry.set_gallery_status("clips", 1, "ready", tree=digest(7)).tree == digest(7)
+    registry.set_gallery_status("clips", 1, "deleted")
+    (record,) = place.open().snapshot().galleries
+    assert (record.status, record.tree) == ("deleted", digest(7))
+
+
+def test_a_gallery_version_of_before_trees_is_read(registry: Registry, place: Place) -> None:
+    add_gallery(registry)
+    (record,) = registry.snapshot().galleries
+    old = {name: value for name, value in asdict(record).items() if name != "tree"}
+    write = Write("gallery", record.key, json.dumps(old))
+    assert registry._store.commit(registry.revision(), "before", [write], [])
+    assert place.open().snapshot().galleries == (record,) and record.tree is None
 
 
 def test_a_gallery_version_takes_only_the_steps_of_its_life(registry: Registry) -> None:

@@ -83,6 +83,21 @@ def test_media_that_is_not_what_its_source_names_is_not_taken(tmp_path, copy_med
     assert sum(b"another file" in data for data in contents(path).values()) == 0
 
 
+def test_what_was_written_and_not_published_costs_no_embedding(tmp_path):
+    sources, plan = some_media(tmp_path / "media", 3), a_plan(copy_media=True)
+    with GalleryBuild(tmp_path / "g", plan, sources, shard_size=2) as build:
+        with pytest.raises(ValueError, match="nothing was written"):
+            build.publish()
+        for source in sources:
+            build.add(embedded(source))
+        assert (build.write(4) / "manifest.json").is_file()
+    assert GalleryStore(tmp_path / "g").names() == []
+    with GalleryBuild(tmp_path / "g", plan, sources, shard_size=2) as build:
+        assert build.pending() == []
+        assert len(Gallery.open(build.finish(5), verify=True)) == 3
+    assert GalleryStore(tmp_path / "g").versions("clips") == [5]
+
+
 def test_a_source_that_never_existed_is_missing_not_fatal(tmp_path):
     sources = read_sources(write_manifest(tmp_path, {"file": "gone.mp4"}))
     with GalleryBuild(tmp_path / "g", a_plan(), sources) as build:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from adapters.artifacts import open_trees
 from adapters.errors import DigestMismatch, InvalidPackage, InvalidReference, UnsafePath
 from service.errors import GalleryBusy, GalleryNotFound, MissingMedia
 from service.gallery import EmbeddedItem, Gallery, GalleryBuild, GalleryStore, Source, normalise, pool
@@ -300,3 +301,16 @@ def test_the_store_builds(tmp_path):
         for source in build.pending():
             build.add(embedded(source))
         assert build.finish() == store.open("clips", store.latest("clips")).path
+
+
+@pytest.mark.parametrize("copy_media", [False, True])
+def test_the_digest_of_a_version_s_folder_is_known_without_reading_it(tmp_path, copy_media):
+    sources = some_media(tmp_path / "media", 3)
+    with GalleryBuild(tmp_path / "g", a_plan(copy_media=copy_media, index="hnsw"), sources) as build:
+        for source in sources:
+            build.add(embedded(source))
+        (tmp_path / "g" / "clips").glob(".build-*").__next__().joinpath("media", "copy.tmp").write_bytes(b"left behind")
+        path = build.finish()
+    trees = open_trees(tmp_path / "trees")
+    assert Gallery.open(path).tree_digest == trees.put_tree(path)
+    assert ("media" in {file.parent.name for file in path.rglob("*")}) == copy_media

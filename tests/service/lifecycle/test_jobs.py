@@ -240,9 +240,9 @@ def test_what_cannot_be_built_fails_with_the_reason_and_changes_nothing(pair: Pa
     assert [operation.status for operation in operations] == ["failed", "failed", "failed", "succeeded"]
     root = pair.first.runtime.galleries.store.root
     sweeper, now = pair.first.runtime.lifecycle._sweeper, pair.registry.now()
-    sweeper._sweep_galleries(pair.registry.snapshot(), now - 60)
+    sweeper._sweep_folders(pair.registry.snapshot(), now - 60)
     assert list(root.glob("*/.build-*"))
-    sweeper._sweep_galleries(pair.registry.snapshot(), now + 60)
+    sweeper._sweep_folders(pair.registry.snapshot(), now + 60)
     assert not list(root.glob("*/.build-*")) and pair.search(pair.first).num_items == 2
 
 
@@ -274,9 +274,9 @@ def test_a_deleted_gallery_is_let_go_of_by_all_and_its_files_are_swept(pair: Pai
     stores = [service.runtime.galleries.store for service in (pair.first, pair.second)]
     until(lambda: not any(store.opened() for store in stores))
     sweeper = pair.first.runtime.lifecycle._sweeper
-    sweeper.sweep(pair.registry.snapshot())
+    sweeper.sweep_home()
     assert stores[0].versions("clips") == [1, 2]  # kept for a day
-    sweeper._sweep_galleries(pair.registry.snapshot(), pair.registry.now() + 60)
+    sweeper._sweep_folders(pair.registry.snapshot(), pair.registry.now() + 60)
     assert GalleryStore(stores[0].root).names() == []
     assert held.index.search(held.vectors[:1], 1).positions.tolist() == [[0]]  # who holds it goes on
     assert pair.ended(pair.build()).version == 3
