@@ -7,7 +7,17 @@ decoding defaults) and, apart from that, where it came from (`provenance`).
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from adapters.errors import InvalidPackage, InvalidReference
 
@@ -21,7 +31,8 @@ ALIAS_PATTERN = r"[a-z][a-z0-9_-]{0,31}"
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST_PATTERN}$")]
-Task = Literal["retrieval", "vqa"]
+Architecture = Literal["blip", "opt"]
+Task = Literal["retrieval", "vqa", "caption"]
 
 
 def check_name(name: str, *, param: str = "name") -> str:
@@ -58,20 +69,48 @@ class Preprocessing(Strict):
     frame_sampling: Literal["uniform"] = "uniform"
 
 
+class AudioPreprocessing(Strict):
+    """How sound reaches the audio encoder: log mel filter banks of mono sound, padded or cut to `max_steps`.
+
+    They are normalised as (x - mean) / (2 std). Source: eP-ALM's audio data sets, which are AST's; those do not resample.
+    """
+
+    sampling_rate: Literal[16000] = 16000
+    num_mel_bins: int = Field(default=128, gt=0, le=512)
+    max_steps: int = Field(default=1024, gt=0, le=16384)
+    mean: float = -4.2677393
+    std: StandardDeviation = 4.5689974
+
+
+def _sense(value: object) -> str:
+    """Which kind of preprocessing is meant: only that of sound has a sampling rate or filter banks."""
+    if isinstance(value, dict):
+        return "sound" if value.keys() & {"sampling_rate", "num_mel_bins", "max_steps"} else "pixels"
+    return "sound" if isinstance(value, AudioPreprocessing) else "pixels"
+
+
+AnyPreprocessing = Annotated[
+    Annotated[Preprocessing, Tag("pixels")] | Annotated[AudioPreprocessing, Tag("sound")], Discriminator(_sense)
+]
+
+
 class BackboneRef(Strict):
     """The frozen parts an adapter was made for, by digest."""
 
-    architecture: Literal["blip"]
+    architecture: Architecture
     width: int = Field(gt=0, le=65536)
     layers: int = Field(gt=0, le=1024)
     parts: dict[str, Digest]
 
 
 class AnswerDecoding(Strict):
-    """Defaults of answering. Source: UniAdapter's VQA configuration (3 beams, length 10, 128 ranked answers)."""
+    """Defaults of answering. Source: UniAdapter's VQA configuration (3 beams, length 10, 128 ranked answers).
+
+    `max_length` counts the tokens of the text the decoder writes, its start included: for a language model, the question.
+    """
 
     num_beams: int = Field(default=3, ge=1, le=16)
-    max_length: int = Field(default=10, ge=2, le=64)
+    max_length: int = Field(default=10, ge=2, le=512)
     rank_k: int = Field(default=128, ge=1)
     answers: tuple[str, ...] = ()
     answer_ids: tuple[tuple[int, ...], ...] = ()
@@ -93,10 +132,22 @@ class AdapterConfig(Strict):
     options: dict[str, JsonValue] = {}
     heads: tuple[str, ...] = ()
     backbone: BackboneRef
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     max_text_tokens: int = Field(default=35, ge=3, le=4096)
     decoding: AnswerDecoding | None = None
     provenance: dict[str, JsonValue] = {}
+
+    @property
+    def pixels(self) -> Preprocessing:
+        """The preprocessing of an adapter that looks at pictures or clips."""
+        assert isinstance(self.preprocessing, Preprocessing), "the caller knows that it does not listen. This is a bug."
+        return self.preprocessing
+
+    @model_validator(mode="after")
+    def _blip_sees(self) -> "AdapterConfig":
+        if self.backbone.architecture == "blip" and not isinstance(self.preprocessing, Preprocessing):
+            raise ValueError("a BLIP looks at pictures and clips, and has no use for audio preprocessing")
+        return self
 
     @classmethod
     def parse(cls, text: str | bytes) -> "AdapterConfig":

@@ -142,7 +142,7 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor], dims: Ba
     Raises: TensorMismatch, NonFiniteTensor; InvalidPackage for a wrong family, option or head; BackboneMismatch when
     `dims` are not the sizes the config names.
     """
-    expected = expected_shapes(config, dims or _derived_dims(config, tensors))
+    expected = expected_shapes(config, dims or family_of(config.family).derived_dims(config, tensors))
     wrong = [
         _listed("missing", expected.keys() - tensors.keys()),
         _listed("unexpected", tensors.keys() - expected.keys()),
@@ -169,6 +169,10 @@ def expected_shapes(config: AdapterConfig, dims: BackboneDims) -> dict[str, tupl
 
     Raises: InvalidPackage, BackboneMismatch.
     """
+    if config.backbone.architecture != dims.architecture:
+        raise BackboneMismatch(
+            f"made for a backbone of kind {config.backbone.architecture}, not {dims.architecture}", param="backbone"
+        )
     named = (config.backbone.width, config.backbone.layers)
     if named != (dims.width, dims.layers):
         raise BackboneMismatch(
@@ -392,16 +396,6 @@ def _check_finite(tensors: Mapping[str, Tensor], file: str) -> None:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def _derived_dims(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> BackboneDims:
-    """The sizes as far as a package alone tells them; `embed_dim` is the rows of a projection head it carries."""
-    rows = [tensors[name].shape[0] for name in ("vision_proj.weight", "text_proj.weight") if _is_matrix(tensors, name)]
-    return BackboneDims(config.backbone.width, config.backbone.layers, embed_dim=max([1, *rows[:1]]))
-
-
-def _is_matrix(tensors: Mapping[str, Tensor], name: str) -> bool:
-    return name in tensors and tensors[name].ndim == 2
 
 
 def _config_bytes(config: AdapterConfig) -> bytes:

@@ -3,14 +3,15 @@
 `probe.safetensors` holds, with F frames, G squares a side, N texts of L tokens, C answers of A tokens:
 
     pixels                uint8    [F, 3, G, G]   a clip whose frames are squares of one colour, a patch each
-    text_ids              int64    [N, L]         [CLS] words [SEP]: captions (retrieval), questions (vqa)
-    answer_ids            int64    [C, A]         vqa: [DEC] words [SEP], the answers to rank
+    spectrogram           uint8    [S, M]         in place of it, for who listens: squares of one loudness, a patch each
+    text_ids              int64    [N, L]         captions (retrieval), questions (vqa), the start token (caption)
+    answer_ids            int64    [C, A]         vqa, caption: the answers to rank, start and end token included
 
     expected.frames       float32  [F, E]         retrieval: features of the frames, unnormalised
     expected.texts        float32  [N, E]         retrieval: unit features of the texts
     expected.match        float32  [N, 2]         retrieval: matching logits of each text with the clip
-    expected.scores       float32  [N, C]         vqa: scores of the answers, each read as a whole
-    expected.first_words  float32  [N, C]         vqa: log-probabilities of the answers' first words
+    expected.scores       float32  [N, C]         vqa, caption: scores of the answers, each read as a whole
+    expected.first_words  float32  [N, C]         vqa, caption: log-probabilities of the answers' first words
 
 No other tensor. Knows the format and how inputs are drawn; who computes outputs is not its business.
 """
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.config import AdapterConfig, Preprocessing, Task
+from adapters.config import AdapterConfig, AudioPreprocessing, Preprocessing, Task
 from adapters.errors import InvalidPackage, NonFiniteTensor, TensorMismatch
 
 NUM_FRAMES = 2  # frame weights have an effect from two frames on
@@ -33,13 +34,15 @@ ANSWER_TOKENS = 4  # of a drawn answer, [DEC] and [SEP] counted
 SEED = 20_230_521
 
 # What a probe may hold at most: whoever is given one runs it.
-MAX_SIZES = {"F": 8, "G": 2048, "N": 8, "L": 512, "C": 32, "A": 512, "E": 65536}
+MAX_SIZES = {"F": 8, "G": 2048, "S": 4096, "M": 512, "N": 8, "L": 512, "C": 32, "A": 512, "E": 65536}
 MIN_SIZES = {"L": 3, "A": 3}  # one word at least
+LOUDNESS = (-2.0, 2.0)  # of a spectrogram, normalised
 
 EXPECTED = "expected."
 OUTPUTS: Mapping[Task, tuple[str, ...]] = {
     "retrieval": ("frames", "texts", "match"),
     "vqa": ("scores", "first_words"),
+    "caption": ("scores", "first_words"),
 }
 
 
@@ -50,40 +53,53 @@ class _Form(NamedTuple):
     shape: tuple[str | int, ...]
 
 
-_INPUT_FORMS = {
-    "pixels": _Form(torch.uint8, ("F", 3, "G", "G")),
-    "text_ids": _Form(torch.int64, ("N", "L")),
+_SEEN = {"pixels": _Form(torch.uint8, ("F", 3, "G", "G"))}
+_HEARD = {"spectrogram": _Form(torch.uint8, ("S", "M"))}
+_ANSWERS = {
+    "answer_ids": _Form(torch.int64, ("C", "A")),
+    "expected.scores": _Form(torch.float32, ("N", "C")),
+    "expected.first_words": _Form(torch.float32, ("N", "C")),
 }
 _FORMS: Mapping[Task, Mapping[str, _Form]] = {
     "retrieval": {
-        **_INPUT_FORMS,
         "expected.frames": _Form(torch.float32, ("F", "E")),
         "expected.texts": _Form(torch.float32, ("N", "E")),
         "expected.match": _Form(torch.float32, ("N", 2)),
     },
-    "vqa": {
-        **_INPUT_FORMS,
-        "answer_ids": _Form(torch.int64, ("C", "A")),
-        "expected.scores": _Form(torch.float32, ("N", "C")),
-        "expected.first_words": _Form(torch.float32, ("N", "C")),
-    },
+    "vqa": _ANSWERS,
+    "caption": _ANSWERS,
 }
+
+
+def _forms(config: AdapterConfig) -> dict[str, _Form]:
+    """What a probe of an adapter holds, in the order in which sizes are fixed."""
+    medium = _HEARD if isinstance(config.preprocessing, AudioPreprocessing) else _SEEN
+    length = 1 if config.task == "caption" else "L"
+    return {**medium, "text_ids": _Form(torch.int64, ("N", length)), **_FORMS[config.task]}
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeInputs:
-    """What is put in: see the module. `answer_ids` is None for retrieval."""
+    """What is put in: see the module. `medium` is pixels or a spectrogram; `answer_ids` is None for retrieval."""
 
-    pixels: Tensor
+    medium: Tensor
     text_ids: Tensor
     answer_ids: Tensor | None
 
     def frames(self, preprocessing: Preprocessing) -> Tensor:
         """The clip as the vision tower reads it: [F, 3, R, R] float32, squares spread out by nearest, then normalised."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-        squares = (self.pixels.float() / 255.0 - mean) / std
+        squares = (self.medium.float() / 255.0 - mean) / std
         side = preprocessing.resolution // squares.shape[-1]
         return squares.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+
+    def spectrogram(self, preprocessing: AudioPreprocessing) -> Tensor:
+        """The sound as the audio encoder reads it: [steps, bins] float32, squares spread out by nearest, then cut."""
+        quietest, loudest = LOUDNESS
+        squares = quietest + (loudest - quietest) * self.medium.float() / 255.0
+        steps, bins = preprocessing.max_steps, preprocessing.num_mel_bins
+        tall = squares.repeat_interleave(-(-steps // squares.shape[0]), dim=0)[:steps]
+        return tall.repeat_interleave(-(-bins // squares.shape[1]), dim=1)[:, :bins]
 
     def texts(self) -> tuple[tuple[int, ...], ...]:
         """Token ids of each text."""
@@ -103,7 +119,8 @@ class Probe:
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into `probe.safetensors`."""
-        tensors = {"pixels": self.inputs.pixels, "text_ids": self.inputs.text_ids}
+        medium = "spectrogram" if self.inputs.medium.ndim == 2 else "pixels"
+        tensors = {medium: self.inputs.medium, "text_ids": self.inputs.text_ids}
         if self.inputs.answer_ids is not None:
             tensors["answer_ids"] = self.inputs.answer_ids
         return tensors | {f"{EXPECTED}{name}": output for name, output in self.outputs.items()}
@@ -111,12 +128,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What drawing words needs to know of a backbone: ids below `size` are words, but for the `special` ones."""
+    """What drawing words needs to know of a backbone: ids below `size` are words, but for the `special` ones.
+
+    `text` and `answer` are the tokens that a text, and an answer, start and end with.
+    """
 
     size: int
-    cls: int
-    sep: int
-    dec: int
+    text: tuple[int, int]
+    answer: tuple[int, int]
     special: frozenset[int]
     max_tokens: int
 
@@ -125,22 +144,31 @@ def draw_inputs(config: AdapterConfig, *, patch: int, vocabulary: Vocabulary) ->
     """Inputs for an adapter, always the same ones for the same sizes: random squares around a colour of each frame's own,
     and random words."""
     generator = torch.Generator().manual_seed(SEED)
-    num_frames = min(NUM_FRAMES, config.preprocessing.num_frames)
-    side = config.preprocessing.resolution // patch
-    colours = torch.randint(0, 256, (num_frames, 3, 1, 1), generator=generator)
-    squares = torch.randint(0, 256, (num_frames, 3, side, side), generator=generator)
-    pixels = ((colours + squares) // 2).to(torch.uint8)
+    medium = _draw_medium(config, patch, generator)
     words = torch.tensor([word for word in range(vocabulary.size) if word not in vocabulary.special])
 
-    def draw(rows: int, first: int, length: int) -> Tensor:
+    def draw(rows: int, ends: tuple[int, int], length: int) -> Tensor:
         ids = words[torch.randint(0, len(words), (rows, length), generator=generator)]
-        ids[:, 0], ids[:, -1] = first, vocabulary.sep
+        ids[:, 0], ids[:, -1] = ends
         return ids
 
     length = min(TEXT_TOKENS, config.max_text_tokens, vocabulary.max_tokens)
-    text_ids = draw(NUM_TEXTS, vocabulary.cls, length)
-    answers = draw(NUM_ANSWERS, vocabulary.dec, min(ANSWER_TOKENS, vocabulary.max_tokens))
-    return ProbeInputs(pixels, text_ids, answers if config.task == "vqa" else None)
+    text_ids = draw(NUM_TEXTS, vocabulary.text, length)
+    if config.task == "caption":
+        text_ids = torch.tensor([[vocabulary.text[0]]])
+    answers = draw(NUM_ANSWERS, vocabulary.answer, min(ANSWER_TOKENS, vocabulary.max_tokens))
+    return ProbeInputs(medium, text_ids, None if config.task == "retrieval" else answers)
+
+
+def _draw_medium(config: AdapterConfig, patch: int, generator: torch.Generator) -> Tensor:
+    if isinstance(config.preprocessing, AudioPreprocessing):
+        steps, bins = -(-config.preprocessing.max_steps // patch), -(-config.preprocessing.num_mel_bins // patch)
+        return torch.randint(0, 256, (steps, bins), generator=generator).to(torch.uint8)
+    num_frames = min(NUM_FRAMES, config.pixels.num_frames)
+    side = config.pixels.resolution // patch
+    colours = torch.randint(0, 256, (num_frames, 3, 1, 1), generator=generator)
+    squares = torch.randint(0, 256, (num_frames, 3, side, side), generator=generator)
+    return ((colours + squares) // 2).to(torch.uint8)
 
 
 def parse_probe(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Probe:
@@ -149,7 +177,7 @@ def parse_probe(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Probe:
     Raises: TensorMismatch for a tensor that is missing, unexpected, or of another dtype or shape than the task demands,
     or a size out of bounds; NonFiniteTensor; InvalidPackage for a clip that the preprocessing cannot spread out.
     """
-    forms = _FORMS[config.task]
+    forms = _forms(config)
     _check_names(forms.keys(), tensors.keys())
     sizes: dict[str, int] = {}
     for name, form in forms.items():
@@ -157,7 +185,8 @@ def parse_probe(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Probe:
         if form.dtype.is_floating_point and not bool(torch.isfinite(tensors[name]).all()):
             raise NonFiniteTensor(f"the probe's {name} holds NaN or an infinity", param=name)
     _check_against(config, sizes)
-    inputs = ProbeInputs(tensors["pixels"], tensors["text_ids"], tensors.get("answer_ids"))
+    medium = tensors["pixels"] if "pixels" in tensors else tensors["spectrogram"]
+    inputs = ProbeInputs(medium, tensors["text_ids"], tensors.get("answer_ids"))
     return Probe(inputs, {name: tensors[f"{EXPECTED}{name}"] for name in OUTPUTS[config.task]})
 
 
@@ -189,7 +218,13 @@ def _check_form(name: str, tensor: Tensor, form: _Form, sizes: dict[str, int]) -
 
 
 def _check_against(config: AdapterConfig, sizes: Mapping[str, int]) -> None:
-    preprocessing = config.preprocessing
+    if sizes.get("L", 1) > config.max_text_tokens:
+        raise InvalidPackage(
+            f"the probe's texts have {sizes['L']} tokens; the adapter takes {config.max_text_tokens}", param="text_ids"
+        )
+    if isinstance(config.preprocessing, AudioPreprocessing):
+        return
+    preprocessing = config.pixels
     if preprocessing.resolution % sizes["G"]:
         raise InvalidPackage(
             f"the probe's pixels have {sizes['G']} squares a side, which do not divide resolution "
@@ -199,10 +234,6 @@ def _check_against(config: AdapterConfig, sizes: Mapping[str, int]) -> None:
     fewest = min(NUM_FRAMES, preprocessing.num_frames)
     if sizes["F"] < fewest:
         raise InvalidPackage(f"the probe's clip has {sizes['F']} frames; at least {fewest} are needed", param="pixels")
-    if sizes["L"] > config.max_text_tokens:
-        raise InvalidPackage(
-            f"the probe's texts have {sizes['L']} tokens; the adapter takes {config.max_text_tokens}", param="text_ids"
-        )
 
 
 def _size(size: str | int, sizes: Mapping[str, int]) -> str:

@@ -43,7 +43,8 @@ import service.demo
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
 from adapters.families import family_of
 from loadtest.traffic import picks
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.blip_backbone import BlipBackbone
+from service.backbone.folder import load_blip
 from service.client import Client
 from service.config import Settings
 from service.home import push_package
@@ -90,7 +91,7 @@ class Replica:
         self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def make_package(folder: Path, backbone: Backbone, seed: int) -> str:
+def make_package(folder: Path, backbone: BlipBackbone, seed: int) -> str:
     """Write a random adapter with its probe; its weights digest."""
     vision = backbone.config.vision
     config = AdapterConfig(
@@ -278,7 +279,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, object]:
     """Everything; the numbers of the last line."""
     names = [f"adapter-{number}" for number in range(NUM_ADAPTERS)]
-    backbone = load_backbone(arguments.backbone)
+    backbone = load_blip(arguments.backbone)
     packages = [folder / "packages" / str(number) for number in range(NUM_ADAPTERS + arguments.cycles)]
     digests = [make_package(package, backbone, arguments.seed + n) for n, package in enumerate(packages)]
     assert len(set(digests)) == len(digests), "two packages are the same"

@@ -17,15 +17,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from adapters.config import BASE_ADAPTER, AdapterConfig
+from adapters.config import BASE_ADAPTER, AdapterConfig, Architecture
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
-from adapters.families import FAMILIES, family_of
-from adapters.families.base import Adaptation, BackboneDims, Family, SlotView, adapt_rows
+from adapters.families import families_for, family_of
+from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
 from adapters.package import Package
 from service.errors import NoFreeSlot
 from service.logs import event
@@ -34,7 +34,11 @@ from service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 Buckets = tuple[tuple[int, int], ...]
-DEFAULT_BUCKETS: Buckets = ((64, 24), (128, 6), (512, 2))
+# By the kind of backbone. What counts as an adapter's rank its family says: for eP-ALM the number of its connectors.
+DEFAULT_BUCKETS: Mapping[Architecture, Buckets] = {
+    "blip": ((64, 24), (128, 6), (512, 2)),
+    "opt": ((1, 16), (8, 16), (32, 2)),
+}
 TIERS = ("host", "device")
 
 
@@ -47,6 +51,7 @@ class HostAdapter:
     family: Family
     slot_rank: int
     tensors: Mapping[str, Tensor]
+    schedule: Schedule | None = None
 
     @cached_property
     def num_bytes(self) -> int:
@@ -67,7 +72,8 @@ def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> Ho
     for name, tensor in cast.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteTensor(f"{name} does not fit into {dtype} after folding")
-    return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast)
+    schedule = family.schedule(package.config, dims)
+    return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast, schedule)
 
 
 @dataclass
@@ -130,14 +136,11 @@ class AdapterBank:
         self._lock = threading.Lock()
         self._metrics = metrics
         self._buckets = self._allocate() if dims is not None else {}
-        for tier in TIERS:
-            metrics.resident_adapters.labels(tier).set_function(partial(self._num_resident, tier))
-            metrics.resident_bytes.labels(tier).set_function(partial(self._num_resident_bytes, tier))
 
     def _allocate(self) -> dict[tuple[str, int], _Bucket]:
         assert self.dims is not None
         allocated: dict[tuple[str, int], _Bucket] = {}
-        for family in FAMILIES.values():
+        for family in families_for(self.dims.architecture):
             for rank, num_slots in self.buckets:
                 shapes = family.slot_shapes(self.dims, rank) | {n: tuple(t.shape) for n, t in self._heads.items()}
                 tensors = {
@@ -195,6 +198,11 @@ class AdapterBank:
             assert entry.num_holders > 0, f"{digest} was released more often than held. This is a bug."
             entry.num_holders -= 1
             self._make_room()
+
+    def has(self, digest: str) -> bool:
+        """Whether an adapter is on the host."""
+        with self._lock:
+            return digest in self._host
 
     def num_holders(self, digest: str) -> int:
         """How many hold an adapter: requests, and rollouts that prepare it."""
@@ -301,7 +309,7 @@ class AdapterBank:
             view = place[tuple(slice(0, size) for size in tensor.shape)]  # the adapter's own rank
             view.copy_(tensor, non_blocking=True)
             views[name] = view
-        slot.view = SlotView(adapter.family, views)
+        slot.view = SlotView(adapter.family, views, adapter.schedule)
         slot.digest = adapter.digest
         self._metrics.adapter_loads.labels("device").inc()
         seconds = time.perf_counter() - start
@@ -337,12 +345,6 @@ class AdapterBank:
     def _slot_bytes(self, slot: _Slot) -> int:
         return self._buckets[slot.family, slot.rank].slot_bytes
 
-    def _num_resident(self, tier: str) -> int:
-        return len(self.residency()[tier])
-
-    def _num_resident_bytes(self, tier: str) -> int:
-        return sum(self.residency()[tier].values())
-
 
 class SlotLease:
     """A slot that stays as it is until `release`, which must come exactly once."""
@@ -361,17 +363,28 @@ class SlotLease:
 
 
 class BatchLeases:
-    """The leases of one batch: one per distinct adapter, all released together."""
+    """The leases of one batch: one per distinct adapter, all of one bank and released together."""
 
-    def __init__(self, bank: AdapterBank) -> None:
+    def __init__(self, bank: AdapterBank | None = None) -> None:
         self._bank = bank
         self._leases: dict[str, SlotLease] = {}
+
+    def use(self, bank: AdapterBank) -> "BatchLeases":
+        """Lease from this bank from now on; before the first lease."""
+        assert bank is self._bank or not self._leases, "a batch leases from two banks. This is a bug."
+        self._bank = bank
+        return self
+
+    @property
+    def _lender(self) -> AdapterBank:
+        assert self._bank is not None, "a batch leases from no bank. This is a bug."
+        return self._bank
 
     def add(self, digest: str) -> bool:
         """Lease an adapter unless the batch has it already; False when no slot is free for it."""
         if digest in self._leases:
             return True
-        lease = self._bank.try_lease(digest)
+        lease = self._lender.try_lease(digest)
         if lease is not None:
             self._leases[digest] = lease
         return lease is not None
@@ -387,7 +400,7 @@ class BatchLeases:
             return None
         order = {digest: index for index, digest in enumerate(self._leases)}
         views = [lease.view for lease in self._leases.values()]
-        return adapt_rows(views, [order[digest] for digest in digest_of_row], self._bank.device)
+        return adapt_rows(views, [order[digest] for digest in digest_of_row], self._lender.device)
 
     def release(self) -> None:
         """Release every lease."""
@@ -397,7 +410,7 @@ class BatchLeases:
 
 
 @contextmanager
-def batch_leases(bank: AdapterBank) -> Iterator[BatchLeases]:
+def batch_leases(bank: AdapterBank | None = None) -> Iterator[BatchLeases]:
     """Leases that end with the block, whatever happens in it."""
     leases = BatchLeases(bank)
     try:
@@ -413,9 +426,10 @@ def default_buckets(dims: BackboneDims, dtype: torch.dtype, free_bytes: int, fra
     def total(buckets: Buckets) -> int:
         return sum(
             num_slots * size * sum(torch.Size(shape).numel() for shape in family.slot_shapes(dims, rank).values())
-            for family in FAMILIES.values()
+            for family in families_for(dims.architecture)
             for rank, num_slots in buckets
         )
 
-    scale = min(1.0, fraction * free_bytes / max(1, total(DEFAULT_BUCKETS)))
-    return tuple((rank, max(1, int(num_slots * scale))) for rank, num_slots in DEFAULT_BUCKETS)
+    buckets = DEFAULT_BUCKETS[dims.architecture]
+    scale = min(1.0, fraction * free_bytes / max(1, total(buckets)))
+    return tuple((rank, max(1, int(num_slots * scale))) for rank, num_slots in buckets)

@@ -128,7 +128,10 @@ def _announce_demo(url: str, settings: Settings) -> None:
 @import_app.command("backbone")
 def import_backbone(
     sources: Annotated[
-        list[str], typer.Argument(help="Hugging Face folder or hub id, or an authors' .pth; several are merged.")
+        list[str],
+        typer.Argument(
+            help="Hugging Face folder or hub id, or an authors' .pth. Several BLIPs are merged; an OPT goes with its encoders."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     num_heads: Annotated[int | None, typer.Option(help="Attention heads; cannot be read from a .pth.")] = None,
@@ -137,14 +140,16 @@ def import_backbone(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id.")] = None,
 ) -> None:
-    """Write a backbone folder from published BLIP weights."""
+    """Write a backbone folder from published weights: of a BLIP, or of an OPT with a ViT, a TimeSformer and an AST."""
     from pydantic import ValidationError
 
     from adapters.config import describe
     from adapters.errors import ConversionError
-    from service.backbone.base import load_tokenizer, write_backbone
-    from service.backbone.config import SpecialIds
-    from service.backbone.convert import assemble, merge, read_source
+    from service.backbone.base import Model, load_tokenizer
+    from service.backbone.config import BlipConfig, SpecialIds
+    from service.backbone.convert import assemble, is_blip, merge, read_source
+    from service.backbone.convert_opt import assemble_opt, read_part
+    from service.backbone.folder import write_backbone
 
     ids = None
     if special_ids is not None:
@@ -153,15 +158,21 @@ def import_backbone(
         except ValidationError as error:
             raise ConversionError(describe(error), param="special_ids") from error
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    merged = merge([read_source(source) for source in sources])
-    model, used = assemble(merged, num_heads=num_heads, special_ids=ids, tokenizer=loaded)
-    manifest = write_backbone(out, model, used, {"sources": [merged.origin]})
+    model: Model
+    if all(is_blip(source) for source in sources):
+        merged = merge([read_source(source) for source in sources])
+        model, used = assemble(merged, num_heads=num_heads, special_ids=ids, tokenizer=loaded)
+    else:
+        if num_heads is not None or ids is not None:
+            raise ConversionError("--num-heads and --special-ids are for BLIPs; an OPT's folder says both")
+        model, used = assemble_opt([read_part(source) for source in sources], tokenizer=loaded)
+    manifest = write_backbone(out, model, used, {"sources": list(sources)})
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters")
     for part, digest in manifest.parts.items():
         print(f"  {part:14s} {digest}")
     if used is None:
         print("  no tokenizer: this backbone takes token ids only (give --tokenizer)")
-    if manifest.config.uneven_towers:
+    if isinstance(manifest.config, BlipConfig) and manifest.config.uneven_towers:
         print(f"  serves __base__ only: {manifest.config.uneven_towers}")
 
 
@@ -172,31 +183,92 @@ def import_uniadapter_command(
     out: Annotated[Path, typer.Option(help="Package folder to write.")],
     answers: Annotated[Path | None, typer.Option(help="JSON list of candidate answers (VQA).")] = None,
 ) -> None:
-    """Write an adapter package from an authors' checkpoint."""
-    from adapters.errors import ConversionError
-    from adapters.importers.uniadapter import import_uniadapter, read_checkpoint
-    from service.backbone.base import load_backbone
+    """Write an adapter package from a checkpoint of UniAdapter's authors."""
+    from adapters.importers.checkpoint import read_checkpoint
+    from adapters.importers.uniadapter import import_uniadapter
     from service.backbone.convert import check_same_backbone
+    from service.backbone.folder import load_blip
     from service.lifecycle.writing import write_probed_package
 
-    loaded = load_backbone(backbone)
-    words: tuple[str, ...] = ()
-    if answers is not None:
-        listed = json.loads(answers.read_text())
-        if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
-            raise ConversionError(f"{answers} is no JSON list of strings", param="answers")
-        words = tuple(listed)
+    loaded = load_blip(backbone)
     imported = import_uniadapter(
         read_checkpoint(checkpoint),
         dims=loaded.dims(),
         parts=loaded.parts,
         check_backbone=lambda state: check_same_backbone(state, loaded),
-        answers=words,
+        answers=_answers(answers),
         provenance={"checkpoint": checkpoint.name},
     )
     readme = f"# {checkpoint.stem}\n\nImported from a UniAdapter checkpoint for {imported.config.task}.\n"
     package = write_probed_package(out, imported.config, imported.tensors, readme, loaded)
     print(f"wrote {out}: {imported.config.task}, rank {imported.config.rank}, {package.weights_digest}")
+
+
+@import_app.command("epalm")
+def import_epalm_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the eP-ALM trainers.")],
+    backbone: Annotated[Path, typer.Option(help="Backbone folder: an OPT with the encoder it was trained with.")],
+    out: Annotated[Path, typer.Option(help="Package folder to write.")],
+    answers: Annotated[Path | None, typer.Option(help="JSON list of candidate answers (VQA).")] = None,
+    encoder: Annotated[str | None, typer.Option(help="vit, timesformer or ast; default: by the modality.")] = None,
+    task: Annotated[str | None, typer.Option(help="vqa or caption; default: by the settings.")] = None,
+    resolution: Annotated[int, typer.Option(help="Of pictures and clips; the trainers' is always 224.")] = 224,
+    answer_token_id: Annotated[
+        int | None, typer.Option(help="Id of the settings' special_answer_token; default: by the tokenizer.")
+    ] = None,
+) -> None:
+    """Write an adapter package from a checkpoint of eP-ALM's authors."""
+    from typing import cast, get_args
+
+    from adapters.config import Task
+    from adapters.errors import ConversionError
+    from adapters.families.epalm import EncoderName
+    from adapters.importers.checkpoint import read_checkpoint
+    from adapters.importers.epalm import import_epalm
+    from service.backbone.folder import load_backbone
+    from service.backbone.opt_backbone import OptBackbone
+    from service.lifecycle.writing import write_probed_package
+
+    for name, value, known in (("encoder", encoder, get_args(EncoderName)), ("task", task, ("vqa", "caption"))):
+        if value is not None and value not in known:
+            raise ConversionError(f"{value!r} is none of {', '.join(known)}", param=name)
+    loaded = load_backbone(backbone)
+    if not isinstance(loaded, OptBackbone):
+        raise ConversionError(
+            f"{backbone} holds a backbone of kind {loaded.architecture}, not an OPT", param="backbone"
+        )
+    document = read_checkpoint(checkpoint)
+    if answer_token_id is None:
+        answer_token_id = loaded.answer_token(document["config"].get("special_answer_token"))
+    imported = import_epalm(
+        document,
+        dims=loaded.dims(),
+        parts=loaded.parts,
+        resolution=resolution,
+        encoder=cast(EncoderName | None, encoder),
+        task=cast(Task | None, task),
+        answer_token_id=answer_token_id,
+        answers=_answers(answers),
+        provenance={"checkpoint": checkpoint.name},
+    )
+    readme = f"# {checkpoint.stem}\n\nImported from an eP-ALM checkpoint for {imported.config.task}.\n"
+    package = write_probed_package(out, imported.config, imported.tensors, readme, loaded)
+    print(f"wrote {out}: {imported.config.task}, {package.weights_digest}")
+
+
+def _answers(path: Path | None) -> tuple[str, ...]:
+    """Candidate answers from a JSON list. Raises: ConversionError."""
+    from adapters.errors import ConversionError
+
+    if path is None:
+        return ()
+    try:
+        listed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"cannot read {path}: {error}", param="answers") from error
+    if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
+        raise ConversionError(f"{path} is no JSON list of strings", param="answers")
+    return tuple(listed)
 
 
 # --- adapters ----------------------------------------------------------------------------------------------
@@ -266,7 +338,7 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Folder to write instead; default: in place.")] = None,
 ) -> None:
     """Give a package made elsewhere its probe, or renew the one it has."""
-    from service.backbone.base import load_backbone
+    from service.backbone.folder import load_backbone
     from service.lifecycle.writing import renew_probe
 
     written = renew_probe(package, load_backbone(backbone), out)

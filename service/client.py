@@ -36,6 +36,7 @@ from service.http.schemas import (
     AdapterDetails,
     AdaptersReply,
     AdapterVersionReply,
+    CaptionReply,
     ErrorReply,
     GalleriesReply,
     GalleryDetails,
@@ -109,17 +110,37 @@ class Client:
         *,
         image: MediaInput | None = None,
         video: MediaInput | None = None,
+        audio: MediaInput | None = None,
         decode: GenerateOptions | RankOptions | None = None,
         timeout_s: float | None = None,
     ) -> VqaReply:
-        """Ask about a picture or a clip: exactly one of `image` and `video`."""
+        """Ask about a picture, a clip or a sound: exactly one of `image`, `video` and `audio`."""
         fields: dict[str, JsonValue] = {"adapter": adapter, "question": question}
         if decode is not None:
             fields["decode"] = decode.model_dump(mode="json")
-        kind, media = _one_medium(image=image, video=video)
+        kind, media = _one_medium(image=image, video=video, audio=audio)
         if isinstance(media, GalleryMediaRef):
             return self._send(VqaReply, "/v1/vqa", timeout_s, json=fields | {kind: media.model_dump()})
         return self._send(VqaReply, "/v1/vqa", timeout_s, **_form(fields, kind, media))
+
+    def caption(
+        self,
+        adapter: str,
+        *,
+        image: MediaInput | None = None,
+        video: MediaInput | None = None,
+        audio: MediaInput | None = None,
+        decode: GenerateOptions | None = None,
+        timeout_s: float | None = None,
+    ) -> CaptionReply:
+        """Put a picture, a clip or a sound into words: exactly one of `image`, `video` and `audio`."""
+        fields: dict[str, JsonValue] = {"adapter": adapter}
+        if decode is not None:
+            fields["decode"] = decode.model_dump(mode="json")
+        kind, media = _one_medium(image=image, video=video, audio=audio)
+        if isinstance(media, GalleryMediaRef):
+            return self._send(CaptionReply, "/v1/caption", timeout_s, json=fields | {kind: media.model_dump()})
+        return self._send(CaptionReply, "/v1/caption", timeout_s, **_form(fields, kind, media))
 
     def retrieve(
         self,

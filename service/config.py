@@ -4,12 +4,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapters.config import describe
+from adapters.config import NAME_PATTERN, Architecture, describe
 from adapters.errors import AdapterBankError
 
 MIB = 1024 * 1024
@@ -27,6 +27,10 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path("~/.adapter-bank"), description="State: registry, artifacts, galleries, backbones.")
     backbone: Path | None = Field(default=None, description="Backbone folder. Default: HOME/backbone.")
+    backbones: str | None = Field(
+        default=None,
+        description='Several backbones side by side, the default first: "blip=/data/blip,opt=/data/opt".',
+    )
     registry_url: str | None = Field(
         default=None, description="Registry shared by replicas, redis://host:6379/0. Default: HOME/registry.sqlite."
     )
@@ -51,7 +55,8 @@ class Settings(BaseSettings):
     api_keys: str | None = Field(default=None, repr=False, description="The same list itself, in place of a file.")
     slots: str | None = Field(
         default=None,
-        description='Adapter slots on the device by rank, e.g. "64:24,128:6,512:2". Default: from free memory.',
+        description='Adapter slots on the device by rank, e.g. "64:24,128:6,512:2", of a BLIP; "opt=1:16,8:16" of an '
+        'OPT, by connectors; joined by ";". Default: from free memory.',
     )
     host_cache_mib: int = Field(default=2048, gt=0, description="Host memory for adapters that hold no slot.")
     feature_cache_mib: int = Field(default=512, ge=0, description="Device memory for vision states of gallery items.")
@@ -103,6 +108,13 @@ class Settings(BaseSettings):
             parse_slots(value)
         return value
 
+    @field_validator("backbones")
+    @classmethod
+    def _backbones_parse(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_backbones(value)
+        return value
+
     @field_validator("gallery_sources")
     @classmethod
     def _gallery_sources_are_absolute(cls, value: str | None) -> str | None:
@@ -110,6 +122,12 @@ class Settings(BaseSettings):
             if not folder.is_absolute():
                 raise ValueError(f"{str(folder)!r} is no absolute path")
         return value
+
+    @model_validator(mode="after")
+    def _one_choice_of_backbones(self) -> Self:
+        if self.backbone is not None and self.backbones is not None:
+            raise ValueError("give backbone or backbones, not both")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_keys(self) -> Self:
@@ -137,8 +155,15 @@ class Settings(BaseSettings):
 
     @property
     def backbone_folder(self) -> Path:
-        """Where the backbone is."""
-        return self.backbone or self.home / "backbone"
+        """Where the default backbone is."""
+        return next(iter(self.backbone_folders.values()))
+
+    @property
+    def backbone_folders(self) -> dict[str, Path]:
+        """Where the backbones are, by name, the default first."""
+        if self.backbones is not None:
+            return parse_backbones(self.backbones)
+        return {"backbone": self.backbone or self.home / "backbone"}
 
     @property
     def source_folders(self) -> tuple[Path, ...]:
@@ -149,9 +174,9 @@ class Settings(BaseSettings):
         """Schemes of URLs that packages may be fetched from."""
         return tuple(scheme.strip().lower() for scheme in (self.package_sources or "").split(",") if scheme.strip())
 
-    def slot_buckets(self) -> tuple[tuple[int, int], ...] | None:
-        """(rank, slots) by rising rank, or None for the default from free memory."""
-        return None if self.slots is None else parse_slots(self.slots)
+    def slot_buckets(self, kind: str = "blip") -> tuple[tuple[int, int], ...] | None:
+        """(rank, slots) by rising rank for backbones of a kind, or None for the default from free memory."""
+        return None if self.slots is None else parse_slots(self.slots).get(kind)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -174,11 +199,38 @@ def split_folders(text: str | None) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser() for part in (text or "").split(":") if part)
 
 
-def parse_slots(text: str) -> tuple[tuple[int, int], ...]:
-    """'64:24,128:6' -> ((64, 24), (128, 6)), by rising rank. Raises: ValueError."""
+def parse_slots(text: str) -> dict[str, tuple[tuple[int, int], ...]]:
+    """'64:24,128:6' -> {"blip": ((64, 24), (128, 6))}, by rising rank; 'blip=64:24;opt=8:16' has one for each kind.
+
+    Raises: ValueError.
+    """
+    slots: dict[str, tuple[tuple[int, int], ...]] = {}
+    for part in text.split(";"):
+        kind, _, pairs = part.rpartition("=")
+        kind = kind.strip() or "blip"
+        if kind not in get_args(Architecture) or kind in slots:
+            raise ValueError(
+                f'{text!r} is not of the form "blip=...;opt=...": {kind!r} is given twice, or is no kind of backbone ({", ".join(get_args(Architecture))})'
+            )
+        slots[kind] = _parse_pairs(pairs.strip())
+    return slots
+
+
+def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
         raise ValueError(f'{text!r} is not of the form "rank:slots,rank:slots"')
     pairs = [(int(rank), int(slots)) for rank, slots in (part.split(":") for part in text.split(","))]
     if any(rank < 1 or slots < 1 for rank, slots in pairs) or len({rank for rank, _ in pairs}) != len(pairs):
         raise ValueError(f"{text!r}: ranks must differ, and ranks and slots be at least 1")
     return tuple(sorted(pairs))
+
+
+def parse_backbones(text: str) -> dict[str, Path]:
+    """'blip=/a,opt=/b' -> {"blip": /a, "opt": /b}, in this order. Raises: ValueError."""
+    found: dict[str, Path] = {}
+    for part in text.split(","):
+        name, is_named, folder = (piece.strip() for piece in part.partition("="))
+        if not is_named or not folder or not re.fullmatch(NAME_PATTERN, name) or name in found:
+            raise ValueError(f'{part!r} is not of the form "name=folder", or its name is given twice')
+        found[name] = Path(folder).expanduser()
+    return found

@@ -10,7 +10,7 @@ from adapters.errors import Conflict, RankTooLarge
 from adapters.families import family_of
 from adapters.package import check_backbone, read_package
 from adapters.registry import DEFAULT_ALIAS, GalleryRecord, PackageInfo, VersionRecord
-from service.backbone.base import load_manifest
+from service.backbone.folder import load_manifest
 from service.bank import DEFAULT_BUCKETS
 from service.config import Settings
 from service.folders import open_registry
@@ -31,11 +31,17 @@ def push_package(settings: Settings, folder: Path, name: str) -> VersionRecord:
     check_name(name)
     package = read_package(folder)
     rank = family_of(package.config.family).slot_rank(package.config)
-    widest = max(rank for rank, _ in settings.slot_buckets() or DEFAULT_BUCKETS)
+    kind = package.config.backbone.architecture
+    widest = max(rank for rank, _ in settings.slot_buckets(kind) or DEFAULT_BUCKETS[kind])
     if rank > widest:
         raise RankTooLarge(f"rank {rank} is above the largest slot bucket, {widest}", param="rank")
-    if (settings.backbone_folder / "backbone.json").is_file():
-        backbone = load_manifest(settings.backbone_folder)
+    manifests = [
+        load_manifest(folder) for folder in settings.backbone_folders.values() if (folder / "backbone.json").is_file()
+    ]
+    alike = [manifest for manifest in manifests if manifest.config.architecture == kind]
+    if manifests:
+        backbone = next((m for m in alike if package.config.backbone.parts.items() <= m.parts.items()), None)
+        backbone = backbone or (alike or manifests)[0]
         check_backbone(package.config, backbone.parts)
         check_fit(package.config, backbone.config)
     registry = open_registry(settings)

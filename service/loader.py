@@ -15,19 +15,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapters.artifacts import ArtifactStore
-from adapters.config import BASE_ADAPTER, AdapterConfig
+from adapters.config import BASE_ADAPTER, AdapterConfig, AudioPreprocessing
 from adapters.errors import (
     AdapterNotFound,
     ArtifactNotFound,
     BackboneMismatch,
     InvalidPackage,
-    MissingPart,
     RegistryLost,
     RegistryUnavailable,
 )
-from adapters.families import family_of
-from adapters.families.base import BackboneDims
-from adapters.package import Package, check_backbone, parse_package
+from adapters.families import epalm, family_of
+from adapters.package import CONFIG_FILE, Package, check_backbone, parse_package
 from adapters.registry import (
     AliasReference,
     BaseReference,
@@ -40,7 +38,8 @@ from adapters.registry import (
 from adapters.registry.references import AdapterReference
 from service.auth import Principal
 from service.backbone.base import Backbone
-from service.backbone.config import BlipConfig
+from service.backbone.config import AstConfig, BlipConfig, OptConfig
+from service.backbones import DEFAULT, Backbones
 from service.bank import AdapterBank, fold_package
 from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.logs import event
@@ -59,11 +58,12 @@ NUM_LOAD_THREADS = 2
 
 @dataclass(frozen=True)
 class Pin:
-    """What one request resolved to. `config` is None for `__base__`."""
+    """What one request resolved to. `config` is None for `__base__`; `backbone` is the name of the one it runs on."""
 
     info: AdapterInfo
     digest: str
     config: AdapterConfig | None
+    backbone: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,12 @@ class _Load:
 
 
 class Loader:
-    """Resolves and loads adapters for one backbone. Methods are for the event loop unless they say otherwise."""
+    """Resolves and loads adapters for the backbones of a process. Methods are for the event loop unless they say otherwise."""
 
-    def __init__(
-        self, registry: Registry, artifacts: ArtifactStore, backbone: Backbone, bank: AdapterBank, metrics: Metrics
-    ) -> None:
+    def __init__(self, registry: Registry, artifacts: ArtifactStore, backbones: Backbones, metrics: Metrics) -> None:
         self._registry = registry
         self._artifacts = artifacts
-        self._backbone = backbone
-        self._bank = bank
+        self._backbones = backbones
         self._metrics = metrics
         self._threads = ThreadPoolExecutor(NUM_LOAD_THREADS, thread_name_prefix="adapter-load")
         self._loads: dict[str, _Load] = {}
@@ -239,7 +236,7 @@ class Loader:
         try:
             yield pin
         finally:
-            self._bank.release(pin.digest)
+            self._backbones.release(pin.digest)
 
     async def _resolve_and_hold(self, reference: str, principal: Principal, routing_key: str | None) -> Pin:
         if reference == BASE_ADAPTER:
@@ -257,13 +254,14 @@ class Loader:
         with self._lock:
             record = self._resolve(parsed, principal, routing_key)
             is_canary = self._is_canary(parsed, record)
-            load = None if self._bank.hold(record.weights_digest) else self._join_load(record)
+            load = None if self._backbones.hold(record.weights_digest) else self._join_load(record)
         if load is not None:
             await self._wait(record, load)
-        config = self._bank.adapter(record.weights_digest).config
+        hosted = self._backbones.holding(record.weights_digest)
+        config = hosted.bank.adapter(record.weights_digest).config
         alias = parsed.alias if isinstance(parsed, AliasReference) else None
         info = AdapterInfo(record.name, record.version, record.weights_digest, alias, is_canary)
-        return Pin(info, record.weights_digest, config)
+        return Pin(info, record.weights_digest, config, hosted.name)
 
     def _resolve(self, reference: AdapterReference, principal: Principal, routing_key: str | None) -> VersionRecord:
         """The version a reference means for a principal. Raises: AdapterNotFound, Forbidden; neither names what is hidden."""
@@ -286,9 +284,9 @@ class Loader:
     async def unload(self, digest: str, *, timeout_s: float) -> dict[str, int]:
         """Wait until nobody holds an adapter, then let it go; the bytes freed by tier. Raises: Conflict when it takes longer."""
         end = time.monotonic() + timeout_s
-        while self._bank.num_holders(digest) and time.monotonic() < end:  # noqa: ASYNC110
+        while self._backbones.num_holders(digest) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_S)  # holds end on many paths; a poll misses none
-        return self._bank.unload(digest)
+        return self._backbones.unload(digest)
 
     def _join_load(self, record: VersionRecord) -> _Load:
         """The running load of a digest, or a new one. Called under the lock. Raises: NotReady after `close`."""
@@ -308,7 +306,7 @@ class Loader:
         digest = record.weights_digest
         try:
             await asyncio.shield(asyncio.wrap_future(load.future))
-            is_there = self._bank.hold(digest)
+            is_there = self._backbones.hold(digest)
             assert is_there, f"{digest} was loaded and is not there. This is a bug."
         except AdapterDamaged as error:
             if load.record == record:
@@ -325,7 +323,7 @@ class Loader:
                 load.num_waiting -= 1
                 is_last = load.num_waiting == 0 and load.is_held
             if is_last:
-                self._bank.release(digest)
+                self._backbones.release(digest)
 
     def _load(self, record: VersionRecord) -> None:
         """Read, check, fold and put one adapter on the host. Runs in a load thread."""
@@ -340,7 +338,7 @@ class Loader:
                 load = self._loads.pop(record.weights_digest)
                 load.is_held = is_held and load.num_waiting > 0
             if is_held and not load.is_held:  # nobody waits any more
-                self._bank.release(record.weights_digest)
+                self._backbones.release(record.weights_digest)
         seconds = time.perf_counter() - start
         self._metrics.adapter_load_seconds.labels(source).observe(seconds)
         keys = event(
@@ -356,9 +354,10 @@ class Loader:
 
     def read(self, record: VersionRecord) -> Package:
         """The stored package of a version. Any thread. Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart."""
-        dims = self._dims()
         try:
-            package = parse_package(self._artifacts.read(record.package_digest), dims=dims)
+            files = self._artifacts.read(record.package_digest)
+            config = AdapterConfig.parse(files.get(CONFIG_FILE, b""))
+            package = parse_package(files, dims=self._backbones.hosting(config).dims())
         except BackboneMismatch:
             raise
         except (ArtifactNotFound, InvalidPackage) as error:
@@ -374,8 +373,9 @@ class Loader:
         Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
         """
         package = self.read(record)
-        check_servable(package.config, self._backbone, self._bank)
-        self._bank.put(fold_package(package, self._dims(), self._bank.dtype), hold=hold)
+        hosted = self._backbones.hosting(package.config)
+        check_servable(package.config, hosted.backbone, hosted.bank)
+        hosted.bank.put(fold_package(package, hosted.dims(), hosted.bank.dtype), hold=hold)
 
     def residency(self) -> dict[Resident, int]:
         """Bytes that each adapter takes in each tier, under its registered name; what has none is one sum. Any thread.
@@ -385,19 +385,13 @@ class Loader:
         snapshot = self.snapshot
         whatever_status = {record.weights_digest: record for record in snapshot.versions}
         found: dict[Resident, int] = {}
-        for tier, held in self._bank.residency().items():
+        for tier, held in self._backbones.residency().items():
             for digest, num_bytes in held.items():
                 record = next(iter(snapshot.with_digest(digest)), whatever_status.get(digest))
                 name, version = ("", "") if record is None else (record.name, str(record.version))
                 resident = Resident(name, version, tier)
                 found[resident] = found.get(resident, 0) + num_bytes
         return found
-
-    def _dims(self) -> BackboneDims:
-        """What adapters must fit. Raises: MissingPart for a backbone that takes none."""
-        if self._bank.dims is None:
-            raise MissingPart(f"this backbone serves {BASE_ADAPTER} only: {self._backbone.config.uneven_towers}")
-        return self._bank.dims
 
 
 def _first_state(registry: Registry) -> RegistryState:
@@ -435,21 +429,59 @@ def check_servable(config: AdapterConfig, backbone: Backbone, bank: AdapterBank)
     Raises: BackboneMismatch, MissingPart, InvalidPackage, RankTooLarge.
     """
     check_backbone(config, backbone.parts)
-    check_fit(config, backbone.config)
+    check_fit(config, backbone.manifest.config)
     backbone.require(config.task, heads=config.heads)
     bank.check_rank(family_of(config.family).slot_rank(config))
 
 
-def check_fit(config: AdapterConfig, backbone: BlipConfig) -> None:
+def check_fit(config: AdapterConfig, backbone: BlipConfig | OptConfig) -> None:
     """Refuse a config that its own parts could not run: a bad token id would cost a CUDA device. Raises: InvalidPackage."""
-    needed = {"vision", "text_encoder"} | ({"decoder"} if config.task == "vqa" else set())
+    if isinstance(backbone, OptConfig):
+        _check_fits_opt(config, backbone)
+    else:
+        _check_fits_blip(config, backbone)
+
+
+def _check_parts(config: AdapterConfig, needed: set[str]) -> None:
     if unnamed := sorted(needed - config.backbone.parts.keys()):
         raise InvalidPackage(f"backbone.parts has no digest of {', '.join(unnamed)}", param="backbone.parts")
-    resolution, patch = config.preprocessing.resolution, backbone.vision.patch
+
+
+def _check_answer_ids(config: AdapterConfig, max_positions: int, vocab_size: int) -> None:
+    for index, ids in enumerate(config.decoding.answer_ids if config.decoding else ()):
+        if not 2 <= len(ids) <= max_positions or not all(0 <= word < vocab_size for word in ids):
+            raise InvalidPackage(f"answer_ids[{index}] is not one this backbone can decode", param="decoding")
+
+
+def _check_fits_opt(config: AdapterConfig, backbone: OptConfig) -> None:
+    options, words = epalm.options_of(config), backbone.language_model
+    _check_parts(config, {"language_model", options.encoder})
+    if options.answer_token_id is not None and options.answer_token_id >= words.vocab_size:
+        raise InvalidPackage(f"answer_token_id {options.answer_token_id} is no word of this backbone", param="options")
+    encoder, preprocessing = backbone.encoders[options.encoder], config.preprocessing
+    hears = isinstance(encoder, AstConfig)
+    if hears != isinstance(preprocessing, AudioPreprocessing):
+        raise InvalidPackage(f"this is no preprocessing for {options.encoder}", param="preprocessing")
+    if isinstance(encoder, AstConfig) and isinstance(preprocessing, AudioPreprocessing):
+        sizes = (preprocessing.num_mel_bins, preprocessing.max_steps)
+        if sizes != (encoder.num_mel_bins, encoder.max_steps):
+            raise InvalidPackage(
+                f"spectrograms of {sizes[0]} bins and {sizes[1]} steps; this backbone's have {encoder.num_mel_bins} and "
+                f"{encoder.max_steps}",
+                param="preprocessing",
+            )
+    elif config.pixels.resolution % encoder.patch:
+        raise InvalidPackage(
+            f"resolution {config.pixels.resolution} is no multiple of the patch, {encoder.patch}", param="preprocessing"
+        )
+    _check_answer_ids(config, words.max_positions, words.vocab_size)
+
+
+def _check_fits_blip(config: AdapterConfig, backbone: BlipConfig) -> None:
+    needed = {"vision", "text_encoder"} | ({"decoder"} if config.task == "vqa" else set())
+    _check_parts(config, needed)
+    resolution, patch = config.pixels.resolution, backbone.vision.patch
     if resolution % patch:
         raise InvalidPackage(f"resolution {resolution} is no multiple of the patch, {patch}", param="preprocessing")
-    stack = backbone.decoder
-    for index, ids in enumerate(config.decoding.answer_ids if config.decoding and stack else ()):
-        assert stack is not None
-        if not 2 <= len(ids) <= stack.max_positions or not all(0 <= word < stack.vocab_size for word in ids):
-            raise InvalidPackage(f"answer_ids[{index}] is not one this backbone can decode", param="decoding")
+    if backbone.decoder is not None:
+        _check_answer_ids(config, backbone.decoder.max_positions, backbone.decoder.vocab_size)

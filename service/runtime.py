@@ -14,7 +14,9 @@ from adapters.artifacts import ArtifactStore, TreeStore, open_store, open_trees
 from adapters.errors import MissingPart
 from adapters.registry import VersionRecord
 from service.admission import Admission
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
+from service.backbones import Backbones, HostedBackbone
 from service.bank import AdapterBank, Buckets, default_buckets
 from service.config import MIB, Settings
 from service.engine import Engine
@@ -34,7 +36,7 @@ from service.media import MediaLimits, MediaWorkers
 from service.metrics import Metrics
 from service.pipelines.galleries import Galleries
 from service.pipelines.retrieve import RetrievePipeline
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import StageSet
 from service.pipelines.vqa import VqaPipeline
 from service.scheduler import BatchLimits, Scheduler
 
@@ -80,29 +82,30 @@ def open_gallery_trees(settings: Settings) -> TreeStore | None:
 
 
 class Runtime:
-    """One backbone, one device, one engine, and everything around them."""
+    """One device, one engine, its backbones, and everything around them."""
 
     def __init__(self, settings: Settings, *, on_fatal: Callable[[BaseException], None] = exit_process) -> None:
-        """Load the backbone and build the parts. Blocks for as long as the weights take to load."""
+        """Load the backbones and build the parts. Blocks for as long as the weights take to load."""
         self.settings = settings
         self.metrics = Metrics()
         folders = HomeFolders(settings.home)
         settings.home.mkdir(parents=True, exist_ok=True)
         remove_abandoned_pushes(settings.home)
         device = pick_device(settings.device)
-        self.backbone = load_backbone(settings.backbone_folder, device=str(device), dtype=settings.dtype)
-        self.metrics.backbone_loads.inc()
+        hosted = [
+            self._host(name, load_backbone(folder, device=str(device), dtype=settings.dtype))
+            for name, folder in settings.backbone_folders.items()
+        ]
+        self.backbones = Backbones(hosted, self.metrics)
         self.registry = open_registry(settings)
         self.artifacts = open_artifacts(settings)
-        self.bank = _make_bank(self.backbone, settings, self.metrics)
         self.admission = Admission(
             max_queue_seconds=settings.max_queue_seconds,
             max_bytes=settings.admission_mib * MIB,
             metrics=self.metrics,
         )
         self.engine = Engine(
-            self.backbone,
-            self.bank,
+            self.backbones,
             Scheduler(BatchLimits(settings.max_batch_rows, settings.max_batch_tokens)),
             self.metrics,
             measured=self.admission.measured,
@@ -110,11 +113,11 @@ class Runtime:
             num_threads=settings.threads,
         )
         self.media = MediaWorkers(settings.media_workers, _media_limits(settings))
-        self.loader = Loader(self.registry, self.artifacts, self.backbone, self.bank, self.metrics)
+        self.loader = Loader(self.registry, self.artifacts, self.backbones, self.metrics)
         self.registry.on_change(RegistryEvents(self.loader.snapshot, self.metrics).tell)
-        self.stages = StageRunner(
+        self.stages = StageSet(
             self.engine,
-            self.backbone,
+            self.backbones,
             self.media,
             self.metrics,
             feature_cache_bytes=settings.feature_cache_mib * MIB,
@@ -158,6 +161,20 @@ class Runtime:
         self._is_started = False
         self._is_draining = False
 
+    @property
+    def backbone(self) -> Backbone:
+        """The default one."""
+        return self.backbones.default.backbone
+
+    @property
+    def bank(self) -> AdapterBank:
+        """The default backbone's."""
+        return self.backbones.default.bank
+
+    def _host(self, name: str, backbone: Backbone) -> HostedBackbone:
+        self.metrics.backbone_loads.inc()
+        return HostedBackbone(name, backbone, _make_bank(backbone, self.settings, self.metrics))
+
     async def start(self) -> None:
         """Start the device thread, the media workers and the registry's watcher. What cannot start leaves nothing behind."""
         try:
@@ -193,7 +210,7 @@ class Runtime:
     async def _validate(self, version: VersionRecord) -> None:
         """Run a version's probe through the engine. Raises what is wrong with it."""
         package = await asyncio.to_thread(self.loader.read, version)
-        await validate(package, self.stages)
+        await validate(package, self.stages.on(self.backbones.hosting(package.config).name))
 
     def _describe(self) -> dict[str, object]:
         """What other replicas and status pages are told of this one."""
@@ -202,7 +219,8 @@ class Runtime:
             "started_at": self._started_at,
             "device": str(self.backbone.device),
             "backbone": self.backbone.digest,
-            "resident": {tier: sorted(held) for tier, held in self.bank.residency().items()},
+            "backbones": {one.name: one.backbone.digest for one in self.backbones},
+            "resident": {tier: sorted(held) for tier, held in self.backbones.residency().items()},
             "galleries": self.galleries.describe(),
         }
 
@@ -223,8 +241,16 @@ class Runtime:
             "registry_generation": self.loader.snapshot.generation,
             "registry_error": self.loader.registry_error,
             "backbone": {"digest": self.backbone.digest, "parts": dict(self.backbone.parts)},
+            "backbones": {
+                one.name: {
+                    "kind": one.backbone.architecture,
+                    "digest": one.backbone.digest,
+                    "parts": dict(one.backbone.parts),
+                }
+                for one in self.backbones
+            },
             "device": str(self.backbone.device),
-            "resident": self.bank.residency(),
+            "resident": self.backbones.residency(),
             "threads": threading.active_count(),
         }
 
@@ -237,7 +263,8 @@ def _make_bank(backbone: Backbone, settings: Settings, metrics: Metrics) -> Adap
         dims = None
     buckets: Buckets = ()
     if dims is not None:
-        buckets = settings.slot_buckets() or default_buckets(dims, backbone.dtype, _free_bytes(backbone.device))
+        given = settings.slot_buckets(backbone.architecture)
+        buckets = given or default_buckets(dims, backbone.dtype, _free_bytes(backbone.device))
     return AdapterBank(
         dims,
         backbone.head_tensors(),

@@ -22,7 +22,7 @@ BACKGROUND_SHARE = 0.05
 AGEING_FLOWS = 16  # with more flows than these waiting, the order of arrival begins to count
 MAX_PASSED_OVER = 256  # jobs that one batch may skip for want of a slot; they come first in the next
 
-Group = tuple[str, tuple[int, ...]]
+Group = tuple[str, str, tuple[int, ...]]  # backbone, stage, shape
 Flow = tuple[str, str]
 Stamped = tuple[float, int]  # stamp and job number: the order of a group's heap
 
@@ -60,7 +60,7 @@ class _Lane:
         flow.num_waiting += 1
         self.num_waiting_flows += flow.num_waiting == 1
         self.jobs[job.number] = job
-        heapq.heappush(self.groups.setdefault((job.stage, job.shape), []), (start, job.number))
+        heapq.heappush(self.groups.setdefault((job.backbone, job.stage, job.shape), []), (start, job.number))
 
     def forget(self, job: Job, *, has_run: bool) -> None:
         """A job has left. One that never ran gives its flow the time back."""

@@ -18,8 +18,8 @@ from service.auth import LOCAL, Principal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Stage = Literal["vision", "text", "match", "generate", "rank"]
-MediaKind = Literal["image", "video"]
+Stage = Literal["vision", "text", "match", "perceive", "generate", "rank"]
+MediaKind = Literal["image", "video", "audio"]
 GalleryKind = Literal["image", "video", "text"]
 RerankMode = Literal["none", "frames", "match"]
 
@@ -72,7 +72,40 @@ class RankInput:
     k: int
 
 
-StageInput = VisionInput | TextInput | MatchInput | GenerateInput | RankInput
+@dataclass(frozen=True, slots=True)
+class PerceiveInput:
+    """One medium for a perceptual encoder: pixels [3, R, R] or [F, 3, R, R], or a spectrogram [S, M]; float32."""
+
+    encoder: str
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ContinueInput:
+    """A text that a language model goes on with, by beam search (1 beam: greedy) up to `max_length` ids in all.
+
+    `states` [blocks, d] is what the adapter's encoder made of the medium; None without one.
+    """
+
+    start_ids: tuple[int, ...]
+    states: Tensor | None
+    num_beams: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseInput:
+    """A text and what may follow it, of which the best is chosen; candidates start with the start token. See ContinueInput."""
+
+    start_ids: tuple[int, ...]
+    states: Tensor | None
+    candidates: tuple[tuple[int, ...], ...]
+    k: int
+
+
+StageInput = (
+    VisionInput | TextInput | MatchInput | GenerateInput | RankInput | PerceiveInput | ContinueInput | ChooseInput
+)
 
 # --- stages: what comes out --------------------------------------------------------------------------------
 
@@ -125,7 +158,14 @@ class RankOutput:
     best: int
 
 
-StageOutput = VisionOutput | TextOutput | MatchOutput | GenerateOutput | RankOutput
+@dataclass(frozen=True, slots=True)
+class PerceiveOutput:
+    """states [blocks, d] of an encoder's first token, on the device."""
+
+    states: Tensor
+
+
+StageOutput = VisionOutput | TextOutput | MatchOutput | GenerateOutput | RankOutput | PerceiveOutput
 
 # --- jobs --------------------------------------------------------------------------------------------------
 
@@ -134,9 +174,10 @@ _job_numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One stage of one request, as data. Jobs of equal `stage` and `shape` may share a batch, whatever their adapter.
+    """One stage of one request, as data. Jobs of equal `backbone`, `stage` and `shape` may share a batch, whatever their adapter.
 
     adapter      weights digest, or `__base__`
+    backbone     name of the one it runs on; empty: the default
     rows, tokens what the batch limits count: rows of the largest forward, and rows times their tokens
     cost         estimated floating point operations
     deadline     on the monotonic clock, seconds
@@ -155,6 +196,7 @@ class Job:
     client: str = ""
     background: bool = False
     request_id: str = ""
+    backbone: str = ""
     number: int = field(default_factory=lambda: next(_job_numbers))
     submitted_at: float = field(default_factory=time.monotonic)
 
@@ -169,6 +211,11 @@ class Batch:
     def stage(self) -> Stage:
         """The stage all jobs share."""
         return self.jobs[0].stage
+
+    @property
+    def backbone(self) -> str:
+        """The backbone all jobs share."""
+        return self.jobs[0].backbone
 
 
 # --- requests and answers ----------------------------------------------------------------------------------
@@ -190,7 +237,7 @@ BASE_INFO = AdapterInfo(BASE_ADAPTER, None, BASE_ADAPTER)
 
 @dataclass(frozen=True, slots=True)
 class MediaBytes:
-    """An uploaded picture or clip."""
+    """An uploaded picture, clip or sound."""
 
     kind: MediaKind
     data: bytes
@@ -224,8 +271,17 @@ class RankDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptionQuery:
+    """A picture, clip or sound to be put into words."""
+
+    adapter: str
+    media: MediaSource
+    decode: GenerateDecode
+
+
+@dataclass(frozen=True, slots=True)
 class VqaQuery:
-    """One question about one picture or clip."""
+    """One question about one picture, clip or sound."""
 
     adapter: str
     question: str

@@ -21,9 +21,9 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.config import AdapterConfig, Strict, describe
-from adapters.errors import InvalidPackage
-from adapters.families.base import BackboneDims, Site, SlotTensors, Stack
+from adapters.config import AdapterConfig, Architecture, Strict, describe
+from adapters.errors import BackboneMismatch, InvalidPackage
+from adapters.families.base import BackboneDims, BlipDims, Schedule, Site, SlotTensors, Stack
 
 SCALE = 0.1
 NORM_EPS = 1e-5
@@ -54,11 +54,18 @@ class UniAdapter:
     """The family `uniadapter`."""
 
     name = "uniadapter"
+    architecture: Architecture = "blip"
+
+    def derived_dims(self, config: AdapterConfig, tensors: SlotTensors) -> BackboneDims:
+        """See Family: `embed_dim` is the rows of a projection head the package carries."""
+        heads = [tensors[name] for name in ("vision_proj.weight", "text_proj.weight") if name in tensors]
+        rows = [head.shape[0] for head in heads if head.ndim == 2]
+        return BlipDims(config.backbone.width, config.backbone.layers, embed_dim=max([1, *rows[:1]]))
 
     def tensor_shapes(self, config: AdapterConfig, dims: BackboneDims) -> dict[str, tuple[int, ...]]:
         """See Family. Parts that are switched off hold no tensors."""
         options = options_of(config)
-        rank, width = config.rank, dims.width
+        rank, width = config.rank, _blip(dims).width
         ups = self._up_projections(options)
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(dims.layers):
@@ -88,13 +95,22 @@ class UniAdapter:
         norms = ["adapter_layer_norm_before"]
         return [*norms, "adapter_layer_norm_cross_modal"] if options.multimodal else norms
 
+    def init_tensors(self, config: AdapterConfig, dims: BackboneDims, generator: torch.Generator) -> dict[str, Tensor]:
+        """See Family, and `init_tensors`."""
+        return init_tensors(config, dims, generator)
+
+    def frozen_names(self, tensors: SlotTensors) -> set[str]:
+        """See Family, and `frozen_names`."""
+        return frozen_names(tensors)
+
     def slot_rank(self, config: AdapterConfig) -> int:
         """See Family."""
         return max(config.rank, options_of(config).kv_rank or 0)
 
     def slot_shapes(self, dims: BackboneDims, rank: int) -> dict[str, tuple[int, ...]]:
         """See Family."""
-        layers, width = dims.layers, dims.width
+        own = _blip(dims)
+        layers, width = own.layers, own.width
         shapes: dict[str, tuple[int, ...]] = {
             "down.weight": (layers, rank, width),
             "down.bias": (layers, rank),
@@ -104,7 +120,7 @@ class UniAdapter:
         }
         for up in ("visual", "text", "cross"):
             shapes |= {f"{up}.weight": (layers, width, rank), f"{up}.bias": (layers, width)}
-        for stack in dims.stacks:
+        for stack in own.stacks:
             for term in ("key", "value"):
                 shapes |= {
                     f"{stack}.{term}.down.weight": (rank, width),
@@ -200,6 +216,24 @@ class UniAdapter:
         if f"{stack}.key.down.weight" not in slot:
             return None
         return _bottleneck(y, slot, f"{stack}.key"), _bottleneck(y, slot, f"{stack}.value")
+
+    def schedule(self, config: AdapterConfig, dims: BackboneDims) -> Schedule | None:
+        """See Family: none."""
+        return None
+
+    def prompt(self, slot: SlotTensors) -> Tensor | None:
+        """See Family: none."""
+        return None
+
+    def inject(self, features: Tensor, slot: SlotTensors, schedule: Schedule) -> Tensor:
+        """See Family: never asked for, as there is no schedule."""
+        raise NotImplementedError("UniAdapter injects nothing")
+
+
+def _blip(dims: BackboneDims) -> BlipDims:
+    if not isinstance(dims, BlipDims):
+        raise BackboneMismatch("a UniAdapter needs a BLIP, and this backbone is none", param="family")
+    return dims
 
 
 def frame_factors(similarity: Tensor, tokens_per_frame: int) -> Tensor:

@@ -6,8 +6,6 @@ momentum copies and queues. Read with `weights_only=True`. Source: the authors' 
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preproce
 from adapters.errors import ConversionError, TensorMismatch
 from adapters.families.base import HEADS, BackboneDims
 from adapters.families.uniadapter import MEMORY_TERMS, UniAdapter, UniAdapterOptions
+from adapters.importers.checkpoint import ImportedAdapter, as_json
 
 CheckBackbone = Callable[[Mapping[str, Tensor]], None]
 
@@ -30,38 +29,6 @@ _ALIASES = (
 )
 _MEMORY_SOURCES = {"text": "text_encoder.encoder", "decoder": "text_decoder.bert.encoder"}
 _SWITCHES = ("adapter_visual", "adapter_textual", "adapter_multimodal")
-
-
-@dataclass(frozen=True)
-class ImportedAdapter:
-    """A package's config and tensors, not yet written."""
-
-    config: AdapterConfig
-    tensors: dict[str, Tensor]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's document, `model` and `config` at least.
-
-    Raises: ConversionError for a file that cannot be read as data alone, or holds something else.
-    """
-    try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types for a dozen kinds of bad file
-        raise ConversionError(f"cannot read {path.name}: {str(error).splitlines()[0]}", param="checkpoint") from error
-    if not isinstance(document, dict) or not {"model", "config"} <= document.keys():
-        raise ConversionError(
-            f"{path.name} is no trainer's checkpoint: it lacks 'model' or 'config'", param="checkpoint"
-        )
-    model, config = document["model"], document["config"]
-    if not (
-        isinstance(config, dict) and isinstance(model, dict) and all(isinstance(t, Tensor) for t in model.values())
-    ):
-        raise ConversionError(
-            f"{path.name} is no trainer's checkpoint: 'model' must hold tensors and 'config' options",
-            param="checkpoint",
-        )
-    return document
 
 
 def import_uniadapter(
@@ -105,7 +72,7 @@ def import_uniadapter(
             ),
             preprocessing=Preprocessing(resolution=settings["image_size"]),
             decoding=_decoding(settings, answers) if task == "vqa" else None,
-            provenance={"source": "UniAdapter checkpoint", "settings": _json(settings), **(provenance or {})},
+            provenance={"source": "UniAdapter checkpoint", "settings": as_json(settings), **(provenance or {})},
         )
     except ValidationError as error:
         raise ConversionError(
@@ -174,12 +141,3 @@ def _check_copies(state: Mapping[str, Tensor], layers: int) -> None:
         for alias in (f"{prefix.format(i=layer)}.{rest}" for prefix in _ALIASES):
             if alias in state and not torch.equal(state[alias], tensor):
                 raise TensorMismatch(f"{alias} differs from {name}, which it should share its values with")
-
-
-def _json(value: Any) -> JsonValue:
-    """A trainer's YAML settings as JSON data; anything exotic as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

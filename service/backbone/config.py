@@ -1,4 +1,4 @@
-"""The architecture of a BLIP: everything about it that its weights' values do not say."""
+"""The architecture of a backbone: everything about it that its weights' values do not say."""
 
 from typing import Literal
 
@@ -8,25 +8,26 @@ from adapters.config import Strict, describe
 from adapters.errors import ConversionError
 
 
-class VisionConfig(Strict):
-    """The vision tower: a pre-norm ViT. `grid` is the native position grid (patches per side)."""
+class TransformerConfig(Strict):
+    """The sizes that every stack of layers has."""
 
     width: int = Field(gt=0)
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
     mlp_width: int = Field(gt=0)
+
+
+class VisionConfig(TransformerConfig):
+    """The vision tower: a pre-norm ViT. `grid` is the native position grid (patches per side)."""
+
     patch: int = Field(gt=0)
     grid: int = Field(gt=0)
     norm_eps: float = 1e-6
 
 
-class TextConfig(Strict):
+class TextConfig(TransformerConfig):
     """A BERT stack: the text encoder or the text decoder."""
 
-    width: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_width: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     max_positions: int = Field(gt=0)
     memory_width: int = Field(gt=0)
@@ -79,3 +80,92 @@ class BlipConfig(Strict):
             return None
         listed = ", ".join(f"{name} {width} x {layers} layers" for name, (width, layers) in sizes.items())
         return f"a UniAdapter is shared by all towers, which here differ in size: {listed}"
+
+
+class TimesformerConfig(TransformerConfig):
+    """A TimeSformer with divided space-time attention. `num_frames` is what its time embeddings are for."""
+
+    kind: Literal["timesformer"] = "timesformer"
+    patch: int = Field(gt=0)
+    grid: int = Field(gt=0)
+    num_frames: int = Field(gt=0)
+    norm_eps: float = 1e-6
+
+
+class AstConfig(TransformerConfig):
+    """An audio spectrogram transformer, for spectrograms of `max_steps` steps and `num_mel_bins` bins."""
+
+    kind: Literal["ast"] = "ast"
+    patch: int = Field(gt=0)
+    frequency_stride: int = Field(gt=0)
+    time_stride: int = Field(gt=0)
+    num_mel_bins: int = Field(gt=0)
+    max_steps: int = Field(gt=0)
+    norm_eps: float = 1e-6
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole spectrogram."""
+        frequencies = (self.num_mel_bins - self.patch) // self.frequency_stride + 1
+        return frequencies * ((self.max_steps - self.patch) // self.time_stride + 1)
+
+    def as_vision(self) -> VisionConfig:
+        """The sizes of its blocks, which are a vision transformer's."""
+        return VisionConfig(
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            patch=self.patch,
+            grid=1,
+            norm_eps=self.norm_eps,
+        )
+
+
+class LanguageModelConfig(TransformerConfig):
+    """An OPT. `word_width` is that of its word embeddings; `pre_norm` false: LayerNorms follow what they belong to."""
+
+    vocab_size: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    word_width: int = Field(gt=0)
+    pre_norm: bool = True
+    final_norm: bool = True
+    norm_eps: float = 1e-5
+
+    @property
+    def has_word_projection(self) -> bool:
+        """Whether words are embedded in another width and projected."""
+        return self.word_width != self.width
+
+
+class OptSpecialIds(Strict):
+    """Token ids the language model gives a meaning of its own. Every text starts with `bos` and ends with `eos`."""
+
+    pad: int = Field(ge=0)
+    bos: int = Field(ge=0)
+    eos: int = Field(ge=0)
+
+
+class OptConfig(Strict):
+    """One frozen OPT with the encoders it is given; one that is absent is None."""
+
+    architecture: Literal["opt"] = "opt"
+    language_model: LanguageModelConfig
+    vit: VisionConfig | None = None
+    timesformer: TimesformerConfig | None = None
+    ast: AstConfig | None = None
+    special_ids: OptSpecialIds
+
+    @model_validator(mode="after")
+    def _heads_divide_widths(self) -> "OptConfig":
+        parts = {"language_model": self.language_model, **self.encoders}
+        for name, part in parts.items():
+            if part.width % part.heads:
+                raise ValueError(f"{name}: {part.heads} heads do not divide width {part.width}")
+        return self
+
+    @property
+    def encoders(self) -> dict[str, VisionConfig | TimesformerConfig | AstConfig]:
+        """Those there are, by name."""
+        named = {"vit": self.vit, "timesformer": self.timesformer, "ast": self.ast}
+        return {name: config for name, config in named.items() if config is not None}

@@ -6,7 +6,7 @@ is an error, so that nothing is lost in silence.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BackboneMismatch, ConversionError
-from service.backbone.base import Backbone, load_tokenizer
-from service.backbone.blip import Blip, interpolate_positions
+from service.backbone.base import load_tokenizer
+from service.backbone.blip import Blip
+from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionConfig
+from service.backbone.vit import interpolate_positions
+
+Rule = tuple[re.Pattern[str], str]
 
 BERT_SPECIAL_IDS = SpecialIds(pad=0, cls=101, sep=102, bos=30522, enc=30523)
 BERT_VOCAB_SIZE = 30524
@@ -95,30 +99,28 @@ class SourceWeights:
 
 
 def canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a foreign state dict; query, key and value of self-attention become one `qkv`.
+    """Rename a BLIP's state dict; query, key and value of self-attention become one `qkv`.
 
     Raises: ConversionError naming what is neither used nor known to be useless.
     """
+    renamed = rename(state, _RULES, _IGNORED)
+    _check_tied(state)
+    return join_qkv(renamed, "attention")
+
+
+def rename(state: Mapping[str, Tensor], rules: Sequence[Rule], ignored: re.Pattern[str]) -> dict[str, Tensor]:
+    """A foreign state dict under our names. Raises: ConversionError naming what no rule knows."""
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in state.items():
-        target = _target(name)
+        target = next((match.expand(to) for pattern, to in rules if (match := pattern.fullmatch(name))), None)
         if target is not None:
             renamed[target] = tensor.detach()
-        elif not _IGNORED.match(name):
+        elif not ignored.match(name):
             unknown.append(name)
     if unknown:
         raise ConversionError(f"{len(unknown)} tensors of no known use: {', '.join(unknown[:5])}")
-    _check_tied(state)
-    return _join_qkv(renamed)
-
-
-def _target(name: str) -> str | None:
-    for pattern, target in _RULES:
-        match = pattern.fullmatch(name)
-        if match:
-            return match.expand(target)
-    return None
+    return renamed
 
 
 def _check_tied(state: Mapping[str, Tensor]) -> None:
@@ -129,20 +131,36 @@ def _check_tied(state: Mapping[str, Tensor]) -> None:
         raise ConversionError("the decoder's word head is not tied to its word embeddings")
 
 
-def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def join_qkv(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """`query`, `key` and `value` of every `module` as its `qkv`. Raises: ConversionError when one of them is missing."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        head, separator, tail = name.partition(".attention.")
+        head, separator, tail = name.partition(f".{module}.")
         kind = tail.partition(".")
         if not separator or kind[0] not in ("query", "key", "value"):
             joined[name] = tensor
         elif kind[0] == "query":
-            parts = [f"{head}.attention.{which}.{kind[2]}" for which in ("query", "key", "value")]
+            parts = [f"{head}.{module}.{which}.{kind[2]}" for which in ("query", "key", "value")]
             lacking = [part for part in parts if part not in tensors]
             if lacking:
-                raise ConversionError(f"no complete BLIP: {lacking[0]} is missing")
-            joined[f"{head}.attention.qkv.{kind[2]}"] = torch.cat([tensors[part] for part in parts])
+                raise ConversionError(f"no complete model: {lacking[0]} is missing")
+            joined[f"{head}.{module}.qkv.{kind[2]}"] = torch.cat([tensors[part] for part in parts])
     return joined
+
+
+def is_blip(source: str) -> bool:
+    """Whether a source is for `read_source`: a checkpoint, or a folder or hub id of a BLIP. Raises: ConversionError."""
+    return Path(source).is_file() or library_config(source).model_type == "blip"
+
+
+def library_config(source: str) -> Any:
+    """The config of a Hugging Face folder or hub id. Raises: ConversionError."""
+    import transformers  # slow to import, and not needed to serve
+
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"no model at {source}: {error}", param="source") from error
 
 
 def read_source(source: str) -> SourceWeights:
@@ -169,10 +187,7 @@ def read_hugging_face(source: str) -> SourceWeights:
     """
     import transformers  # slow to import, and not needed to serve
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"no model at {source}: {error}", param="source") from error
+    config = library_config(source)
     architecture = (config.architectures or [""])[0]
     if config.model_type != "blip" or architecture in ("", "BlipModel"):
         raise ConversionError(
@@ -352,7 +367,7 @@ def _count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return max(found, default=-1) + 1
 
 
-def check_same_backbone(state: Mapping[str, Tensor], backbone: Backbone) -> None:
+def check_same_backbone(state: Mapping[str, Tensor], backbone: BlipBackbone) -> None:
     """Compare a checkpoint's frozen towers with a backbone, value by value; heads may be tuned and are left out.
 
     Positions are compared after interpolation to the checkpoint's grid, which the trainers change.

@@ -3,7 +3,14 @@
 A multiply-add is 2 operations. Elementwise work is left out: it follows the matrix products closely enough.
 """
 
-from service.backbone.config import BlipConfig, TextConfig
+from service.backbone.config import (
+    AstConfig,
+    BlipConfig,
+    LanguageModelConfig,
+    TextConfig,
+    TimesformerConfig,
+    VisionConfig,
+)
 
 
 def vision_cost(config: BlipConfig, resolution: int, num_frames: int) -> float:
@@ -34,3 +41,23 @@ def decode_cost(stack: TextConfig, rows: int, steps: int, question_length: int) 
 def tokens_per_frame(config: BlipConfig, resolution: int) -> int:
     """Patches and CLS of a picture of that resolution."""
     return (resolution // config.vision.patch) ** 2 + 1
+
+
+def encoder_cost(config: VisionConfig | TimesformerConfig | AstConfig, shape: tuple[int, ...]) -> tuple[float, int]:
+    """A perceptual encoder over one medium whose values have this shape: operations, and tokens."""
+    if isinstance(config, AstConfig):
+        tokens, frames = config.num_patches + 2, 1
+    else:
+        frames = shape[0] if len(shape) == 4 else 1
+        tokens = frames * (shape[-1] // config.patch) ** 2 + 1
+    width, seen = config.width, tokens // frames
+    attentions = 2 if isinstance(config, TimesformerConfig) else 1
+    per_token = 2 * width * (4 * attentions * width + 2 * config.mlp_width) + 4 * seen * width
+    return float(tokens * config.layers * per_token), tokens
+
+
+def language_cost(config: LanguageModelConfig, rows: int, length: int) -> float:
+    """A language model over rows of a length, word head included."""
+    width = config.width
+    per_token = config.layers * (2 * width * (4 * width + 2 * config.mlp_width) + 4 * length * width)
+    return float(rows * length * (per_token + 2 * config.word_width * config.vocab_size))

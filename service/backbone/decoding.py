@@ -1,33 +1,59 @@
-"""Turning question states into answers: beam search, greedy search, ranking of given answers.
+"""Turning what a decoder says next into texts: beam search and greedy search.
 
-The rules are UniAdapter's reference's, which are transformers 4.15.0's: a hypothesis is normalised by its length with
-[DEC] counted and [SEP] not, and a question is done when its worst kept hypothesis is at least the best running sum
-divided by the length *before* this step's token. Rows of different questions never influence each other.
+The rules of searching are those of transformers 4.15.0 and 4.24, which the authors of UniAdapter and of eP-ALM use: a
+hypothesis is normalised by the length of its whole text, the start included and the end token not, and a search is done
+when its worst kept hypothesis is at least the best running sum divided by the length *before* this step's token. Rows of
+different searches never influence each other.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from adapters.families.base import Adaptation
-from adapters.training.losses import shifted_nll
-from service.backbone.blip import Blip, Decoder, Memory
-from service.types import GenerateOutput, Hypothesis, RankOutput
+from service.types import GenerateOutput, Hypothesis
 
 UNSTARTED = -1e9  # running sum of the beams that start as copies of the first one
-MAX_CANDIDATE_ROWS = 256
+KeepGoing = Callable[[], bool]
+
+
+class Steps(Protocol):
+    """Texts that grow by a token at a time."""
+
+    def logits(self) -> Tensor:
+        """Logits [R, V] of what follows each row's text."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append a token to every row, ids [R]; logits [R, V] of what follows."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order. Each row's successors stay together, and with what it reads."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The text a search starts with, and the length of the longest it may come to."""
+
+    ids: tuple[int, ...]
+    max_length: int
 
 
 @dataclass
 class Beams:
-    """One question's search: its finished hypotheses and whether it is done."""
+    """One search: its finished hypotheses, whether it is done, and whether its texts are as long as they may be."""
 
     num_beams: int
     kept: list[Hypothesis] = field(default_factory=list)
     is_done: bool = False
+    is_full: bool = False
     gap: float = float("inf")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it goes no further."""
+        return self.is_done or self.is_full
 
     def keep(self, ids: tuple[int, ...], total: float, length: int) -> None:
         """Offer a finished hypothesis; the pool keeps the best `num_beams`, the earlier one of equals."""
@@ -41,69 +67,51 @@ class Beams:
             self.is_done = True
 
 
-def _decoder(model: Blip) -> Decoder:
-    assert model.decoder is not None, "the caller checked that there is a decoder. This is a bug."
-    return model.decoder
-
-
-def beam_search(
-    model: Blip,
-    memory: Memory,
-    num_questions: int,
-    adaptation: Adaptation | None,
-    *,
-    num_beams: int,
-    max_length: int,
-    keep_going: Callable[[], bool] = lambda: True,
+def generate(
+    steps: Steps, starts: Sequence[Start], *, num_beams: int, end: int, keep_going: KeepGoing = lambda: True
 ) -> list[GenerateOutput]:
-    """Answers of `num_questions` questions whose states are in `memory`; `adaptation` has one row per question.
+    """What follows the starts, of which `steps` has a row each: beam search, or with one beam greedy search.
 
-    One beam is greedy search. `keep_going` is asked before every step; when it says no, the search ends with what it
-    has. Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
+    `keep_going` is asked before every step; when it says no, the search ends with what it has. Sequences hold their
+    start, at most its `max_length` ids in all, and `end` where it was reached.
     """
     if num_beams == 1:
-        return _greedy(model, memory, num_questions, adaptation, max_length=max_length, keep_going=keep_going)
-    decoder, special = _decoder(model), model.config.special_ids
-    device, size = model.device, num_questions * num_beams
-    origin = torch.arange(num_questions, device=device).repeat_interleave(num_beams)
-    rows = None if adaptation is None else adaptation.expand(origin)
-    cache = decoder.body.new_cache(size, max_length)
-    searches = [Beams(num_beams) for _ in range(num_questions)]
-    sequences: list[list[tuple[int, ...]]] = [[(special.bos,)] * num_beams for _ in range(num_questions)]
-    totals = torch.full((num_questions, num_beams), UNSTARTED, dtype=torch.float32)
+        return _greedy(steps, starts, end=end, keep_going=keep_going)
+    num_searches = len(starts)
+    log_probs = _log_probs(steps.logits())
+    device, vocabulary = steps.logits().device, log_probs.shape[-1]
+    steps.select(torch.arange(num_searches, device=device).repeat_interleave(num_beams))
+    log_probs = log_probs.repeat_interleave(num_beams, dim=0)
+    searches = [Beams(num_beams) for _ in starts]
+    sequences = [[start.ids] * num_beams for start in starts]
+    totals = torch.full((num_searches, num_beams), UNSTARTED, dtype=torch.float32)
     totals[:, 0] = 0.0
-    ids = torch.full((size,), special.bos, dtype=torch.long, device=device)
-    for length in range(1, max_length):
-        if not keep_going():
-            break
-        log_probs = decoder.step(ids, cache, memory, rows).float().log_softmax(-1).cpu()
-        scores = log_probs.unflatten(0, (num_questions, num_beams)) + totals.unsqueeze(-1)  # [Q, beams, V]
+    while True:
+        scores = log_probs.unflatten(0, (num_searches, num_beams)) + totals.unsqueeze(-1)  # [Q, beams, V]
         best, flat = _top(scores.flatten(1), 2 * num_beams + 1)
         parents: list[int] = []
-        for question, search in enumerate(searches):
-            if search.is_done:
-                parents += [question * num_beams] * num_beams
-                sequences[question] = [(*sequences[question][0], special.pad)] * num_beams
+        for number, search in enumerate(searches):
+            beams = sequences[number]
+            if search.is_over:
+                parents += [number * num_beams] * num_beams
                 continue
-            chosen = _advance(
-                search,
-                sequences[question],
-                best[question].tolist(),
-                flat[question].tolist(),
-                log_probs.shape[-1],
-                special.sep,
-            )
-            sequences[question] = [(*sequences[question][beam], token) for _, beam, token in chosen]
-            totals[question] = torch.tensor([total for total, _, _ in chosen])
-            parents += [question * num_beams + beam for _, beam, _ in chosen]
-            search.check_done(float(best[question, 0]), length)
-        if all(search.is_done for search in searches):
+            length = len(beams[0])
+            chosen = _advance(search, beams, best[number].tolist(), flat[number].tolist(), vocabulary, end)
+            sequences[number] = [(*beams[beam], token) for _, beam, token in chosen]
+            totals[number] = torch.tensor([total for total, _, _ in chosen])
+            parents += [number * num_beams + beam for _, beam, _ in chosen]
+            search.check_done(float(best[number, 0]), length)
+            search.is_full = length + 1 >= starts[number].max_length
+        if all(search.is_over for search in searches) or not keep_going():
             break
-        cache.select(torch.tensor(parents, device=device))
-        ids = torch.tensor([beam[-1] for beams in sequences for beam in beams], device=device)
-    return [
-        _finish(*found, max_length, special.sep) for found in zip(searches, sequences, totals.tolist(), strict=True)
-    ]
+        steps.select(torch.tensor(parents, device=device))
+        log_probs = _log_probs(steps.step(torch.tensor([b[-1] for own in sequences for b in own], device=device)))
+    found = zip(searches, sequences, totals.tolist(), starts, strict=True)
+    return [_finish(search, beams, own, start.max_length, end) for search, beams, own, start in found]
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).cpu()
 
 
 def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -113,21 +121,21 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _advance(
-    search: Beams, beams: Sequence[tuple[int, ...]], best: list[float], flat: list[int], vocabulary: int, sep: int
+    search: Beams, beams: Sequence[tuple[int, ...]], best: list[float], flat: list[int], vocabulary: int, end: int
 ) -> list[tuple[float, int, int]]:
     """Walk the candidates of one step: (total, parent beam, token) of the beams that go on.
 
-    [SEP] among the first `num_beams` ranks finishes a hypothesis; a later one is dropped. The last candidate given
-    is the first one passed over, and serves to measure the gap of the decision.
+    The end token among the first `num_beams` ranks finishes a hypothesis; a later one is dropped. The last candidate
+    given is the first one passed over, and serves to measure the gap of the decision.
     """
     chosen: list[tuple[float, int, int]] = []
     considered = len(best) - 1
     for rank in range(considered):
         beam, token = divmod(flat[rank], vocabulary)
         search.gap = min(search.gap, best[rank] - best[rank + 1])
-        if token == sep:
+        if token == end:
             if rank < search.num_beams:
-                search.keep((*beams[beam], sep), best[rank], len(beams[beam]))
+                search.keep((*beams[beam], end), best[rank], len(beams[beam]))
             continue
         chosen.append((best[rank], beam, token))
         if len(chosen) == search.num_beams:
@@ -136,53 +144,41 @@ def _advance(
 
 
 def _finish(
-    search: Beams, beams: Sequence[tuple[int, ...]], totals: Sequence[float], max_length: int, sep: int
+    search: Beams, beams: Sequence[tuple[int, ...]], totals: Sequence[float], max_length: int, end: int
 ) -> GenerateOutput:
     """Open beams of a search that is not done join its pool with what they have."""
     if not search.is_done:
         for ids, total in zip(beams, totals, strict=True):
             search.keep(ids, total, len(ids))
     kept = [
-        Hypothesis(h.ids if h.ids[-1] == sep or len(h.ids) >= max_length else (*h.ids, sep), h.score)
+        Hypothesis(h.ids if h.ids[-1] == end or len(h.ids) >= max_length else (*h.ids, end), h.score)
         for h in search.kept
     ]
     gap = min(search.gap, kept[0].score - kept[1].score) if len(kept) > 1 else search.gap
     return GenerateOutput(tuple(kept), gap)
 
 
-def _greedy(
-    model: Blip,
-    memory: Memory,
-    num_questions: int,
-    adaptation: Adaptation | None,
-    *,
-    max_length: int,
-    keep_going: Callable[[], bool],
-) -> list[GenerateOutput]:
-    """Argmax each step; a question ends at [SEP] or `max_length`. Scored like a beam, by its mean log-probability."""
-    decoder, special = _decoder(model), model.config.special_ids
-    cache = decoder.body.new_cache(num_questions, max_length)
-    ids = torch.full((num_questions,), special.bos, dtype=torch.long, device=model.device)
-    sequences: list[list[int]] = [[special.bos] for _ in range(num_questions)]
-    totals, gaps = [0.0] * num_questions, [float("inf")] * num_questions
-    done = [False] * num_questions
-    for _ in range(1, max_length):
+def _greedy(steps: Steps, starts: Sequence[Start], *, end: int, keep_going: KeepGoing) -> list[GenerateOutput]:
+    """Argmax each step; a text ends at its end token or `max_length`. Scored like a beam, by its mean log-probability."""
+    logits = steps.logits()
+    sequences = [list(start.ids) for start in starts]
+    totals, gaps, done = [0.0] * len(starts), [float("inf")] * len(starts), [False] * len(starts)
+    while True:
+        best, index = _top(_log_probs(logits), 2)
+        for number, sequence in enumerate(sequences):
+            if done[number]:
+                continue
+            token = int(index[number, 0])
+            sequence.append(token)
+            totals[number] += float(best[number, 0])
+            gaps[number] = min(gaps[number], float(best[number, 0] - best[number, 1]))
+            done[number] = token == end or len(sequence) >= starts[number].max_length
         if all(done) or not keep_going():
             break
-        log_probs = decoder.step(ids, cache, memory, adaptation).float().log_softmax(-1).cpu()
-        best, index = _top(log_probs, 2)
-        for question in range(num_questions):
-            if done[question]:
-                continue
-            token = int(index[question, 0])
-            sequences[question].append(token)
-            totals[question] += float(best[question, 0])
-            gaps[question] = min(gaps[question], float(best[question, 0] - best[question, 1]))
-            done[question] = token == special.sep
-        ids = torch.tensor([sequence[-1] for sequence in sequences], device=model.device)
+        logits = steps.step(torch.tensor([sequence[-1] for sequence in sequences], device=logits.device))
     outputs = []
     for sequence, total, gap in zip(sequences, totals, gaps, strict=True):
-        length = len(sequence) - (sequence[-1] == special.sep)
+        length = len(sequence) - (sequence[-1] == end)
         outputs.append(GenerateOutput((Hypothesis(tuple(sequence), total / length),), gap))
     return outputs
 
@@ -195,49 +191,8 @@ def pad_ids(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tu
     return ids, mask
 
 
-def rank_answers(
-    model: Blip,
-    memory: Memory,
-    adaptation: Adaptation | None,
-    candidates: Sequence[Sequence[tuple[int, ...]]],
-    ks: Sequence[int],
-    *,
-    keep_going: Callable[[], bool] = lambda: True,
-) -> list[RankOutput]:
-    """The best of each question's candidates ([DEC] words [SEP]).
-
-    A candidate's first word decides whether it is among the k looked at (ties: the lower index); those are scored by
-    minus their label-smoothed loss, without length normalisation. `memory` and `adaptation` have a row per question.
-    Once nobody wants to `keep_going`, what was not scored gets minus infinity.
-    """
-    decoder, special = _decoder(model), model.config.special_ids
-    num_questions = len(candidates)
-    start = torch.full((num_questions,), special.bos, dtype=torch.long, device=model.device)
-    cache = decoder.body.new_cache(num_questions, 1)
-    probs = decoder.step(start, cache, memory, adaptation).float().softmax(-1).cpu()  # [Q, V]
-    shortlists = [_shortlist(probs[q], candidates[q], ks[q]) for q in range(num_questions)]
-    pairs = [(q, index) for q in range(num_questions) for index in shortlists[q]]
-    scores: list[float] = []
-    for first in range(0, len(pairs), MAX_CANDIDATE_ROWS):
-        if not keep_going():
-            scores += [float("-inf")] * (len(pairs) - first)
-            break
-        part = pairs[first : first + MAX_CANDIDATE_ROWS]
-        ids, mask = pad_ids([candidates[q][index] for q, index in part], special.pad, model.device)
-        questions = torch.tensor([q for q, _ in part], device=model.device)
-        rows = None if adaptation is None else adaptation.expand(questions)
-        logits = decoder.score(ids, mask, memory.select(questions), rows)
-        scores += (-shifted_nll(logits, ids, mask)).tolist()
-    outputs = []
-    for q, shortlist in enumerate(shortlists):
-        own, scores = scores[: len(shortlist)], scores[len(shortlist) :]
-        first_probs = tuple(float(probs[q, candidates[q][index][1]]) for index in shortlist)
-        best = max(range(len(own)), key=lambda place: (own[place], -shortlist[place]))
-        outputs.append(RankOutput(tuple(shortlist), tuple(own), first_probs, best))
-    return outputs
-
-
-def _shortlist(probs: Tensor, candidates: Sequence[tuple[int, ...]], k: int) -> list[int]:
+def shortlist(probs: Tensor, candidates: Sequence[tuple[int, ...]], k: int) -> list[int]:
+    """Indices of the k candidates whose first words, behind the start token, are likeliest; ties: the lower index."""
     first_words = torch.tensor([candidate[1] for candidate in candidates])
     _, order = probs[first_words].sort(descending=True, stable=True)
     return order[:k].tolist()

@@ -26,9 +26,9 @@ from adapters.training.data import AnswerBatch, RetrievalBatch
 from adapters.training.loop import FitOptions, Objective, Progress, fit
 from adapters.training.losses import ContrastiveFeatures, contrastive_loss
 from adapters.training.objectives import RetrievalSettings, encode_pairs, matching_loss_of, vqa_loss
-from service.backbone.base import load_backbone, write_backbone
 from service.backbone.blip import Blip
 from service.backbone.config import SpecialIds
+from service.backbone.folder import load_blip, write_backbone
 from service.demo.batches import Texts, answer_batch, draw_items, retrieval_batch
 from service.demo.pretrain import Pretraining, PretrainOptions, demo_config, initialise, trainable
 from service.demo.recipes import (
@@ -76,7 +76,7 @@ def build_adapter(recipe: Recipe, variant: Variant, work: Path, backbone_folder:
     """Train one adapter (or an ablation of it) on the frozen backbone and write its package, unless that was done."""
     if (out / "adapter_config.json").exists():
         return
-    backbone = load_backbone(backbone_folder)
+    backbone = load_blip(backbone_folder)
     config = adapter_config(recipe, backbone, variant)
     adapter = TrainableAdapter(config, backbone.dims(), backbone.head_tensors(), seed=recipe.seed)
     frozen = sum(p.numel() for p in backbone.model.parameters())
@@ -110,7 +110,7 @@ def build_fine_tuned(recipe: Recipe, work: Path, backbone_folder: Path, out: Pat
     """
     if (out / "backbone.json").exists():
         return
-    backbone = load_backbone(backbone_folder)
+    backbone = load_blip(backbone_folder)
     model = copy.deepcopy(backbone.model)
     texts = Texts(backbone.tokenizer, backbone.config.special_ids.bos)
     objective = FineTuning(model, recipe, texts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adapters.errors import BackboneNotFound
 from adapters.registry import DEFAULT_ALIAS
-from service.backbone.base import load_manifest
+from service.backbone.folder import load_manifest
 from service.config import CLIENT_KEY_VARIABLE, Settings
 from service.demo.recipes import ASSETS, RECIPES
 from service.demo.samples import ITEMS_FILE, write_samples

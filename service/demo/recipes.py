@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
 from adapters.families.uniadapter import UniAdapterOptions
-from service.backbone.base import TASK_PARTS, Backbone
+from service.backbone.blip_backbone import TASK_PARTS, BlipBackbone
 from service.demo.world import TASKS
 
 ASSETS = Path(__file__).parent / "assets"
@@ -66,7 +66,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
 }
 
 
-def adapter_config(recipe: Recipe, backbone: Backbone, variant: Variant = "adapter") -> AdapterConfig:
+def adapter_config(recipe: Recipe, backbone: BlipBackbone, variant: Variant = "adapter") -> AdapterConfig:
     """The package config of a task's adapter, or of an ablation of it."""
     dims = backbone.dims()
     options = UniAdapterOptions(

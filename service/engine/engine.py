@@ -14,8 +14,8 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import AdapterBankError
-from service.backbone.base import Backbone
-from service.bank import AdapterBank, BatchLeases, batch_leases
+from service.backbones import Backbones
+from service.bank import BatchLeases, batch_leases
 from service.engine.stages import run_batch
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
@@ -41,8 +41,7 @@ class Engine:
 
     def __init__(
         self,
-        backbone: Backbone,
-        bank: AdapterBank,
+        backbones: Backbones,
         scheduler: Scheduler,
         metrics: Metrics,
         *,
@@ -50,8 +49,7 @@ class Engine:
         on_fatal: Callable[[BaseException], None],
         num_threads: int = 0,
     ) -> None:
-        self.backbone = backbone
-        self.bank = bank
+        self.backbones = backbones
         self._scheduler = scheduler
         self._metrics = metrics
         self._measured = measured
@@ -130,7 +128,7 @@ class Engine:
         """One round: take a batch and its slots, run it, settle its futures."""
         self._read_inbox()
         self._drop_dead()
-        with batch_leases(self.bank) as leases:
+        with batch_leases() as leases:
             batch = self._scheduler.next_batch(lambda job: self._join(job, leases))
             self._report_queue()
             if batch is not None:
@@ -173,7 +171,7 @@ class Engine:
     def _join(self, job: Job, leases: BatchLeases) -> bool:
         """Whether a job may join the batch: its adapter has a slot, or gets one."""
         try:
-            return leases.add(job.adapter)
+            return leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -203,6 +201,8 @@ class Engine:
             self._set_output(job, output)
 
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
+        hosted = self.backbones.named(batch.backbone)
+        leases.use(hosted.bank)
         for job in batch.jobs:
             if not leases.add(job.adapter):
                 raise EngineFailed(f"no slot for {job.adapter} in a batch of its own. This is a bug.")
@@ -212,7 +212,7 @@ class Engine:
             return not all(self._is_dead(job, now) for job in batch.jobs)
 
         with torch.inference_mode():
-            outputs = list(run_batch(self.backbone.model, batch, leases, keep_going))
+            outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
         self.last_forward_at = time.monotonic()
         return outputs
 
@@ -227,7 +227,7 @@ class Engine:
             if self._is_dead(job):
                 self._settle_dead(job)
                 continue
-            with batch_leases(self.bank) as own:
+            with batch_leases() as own:
                 self._run(Batch((job,)), own)
 
     def _set_output(self, job: Job, output: StageOutput) -> None:

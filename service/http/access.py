@@ -50,6 +50,8 @@ ADAPTER_PATH: Final = "/v1/adapters/{name}"  # what such a path names, the key m
 ACCESS: Mapping[str, Access] = {
     "POST /vqa": ASK,
     "POST /v1/vqa": ASK,
+    "POST /caption": ASK,
+    "POST /v1/caption": ASK,
     "POST /retrieve": ASK,
     "POST /v1/retrieve": ASK,
     "GET /v1/adapters": LIST,

@@ -22,14 +22,24 @@ from service.http.exchange import Exchange
 from service.http.limits import BodyLimit, LoopbackOnly
 from service.http.middleware import Attended, Exchanges
 from service.http.openapi import describe
-from service.http.routes import adapters, deployments, galleries, gallery_changes, operations, ops, retrieve, vqa
+from service.http.routes import (
+    adapters,
+    caption,
+    deployments,
+    galleries,
+    gallery_changes,
+    operations,
+    ops,
+    retrieve,
+    vqa,
+)
 from service.http.routes.ops import CONSOLE_FOLDER
 from service.metrics import Metrics
 from service.runtime import Runtime
 
 DESCRIPTION = """Many task adapters over one frozen vision-language backbone.
 
-`/vqa` and `/retrieve` are `/v1/vqa` and `/v1/retrieve`. Every request may carry `X-Request-Id` and `X-Request-Timeout-Ms`; every reply
+`/vqa`, `/caption` and `/retrieve` are `/v1/vqa` and so on. Every request may carry `X-Request-Id` and `X-Request-Timeout-Ms`; every reply
 says in `Server-Timing` and `X-Stage-...-Ms` where its time went, and in `X-Adapter` which adapter answered. Every error has the body
 `{"error": {"code", "message", "param", "request_id"}}`. A server that has API keys wants one with every request, as
 `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
@@ -99,7 +109,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app.state.runtime = runtime
     app.state.keys = keys
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    for module in (vqa, retrieve, adapters, deployments, operations, galleries, gallery_changes, ops):
+    for module in (vqa, caption, retrieve, adapters, deployments, operations, galleries, gallery_changes, ops):
         app.include_router(module.router)
     app.mount("/console", StaticFiles(directory=CONSOLE_FOLDER), name="console")
     return app

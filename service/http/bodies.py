@@ -15,6 +15,8 @@ from starlette.requests import Request
 from service.errors import TooLarge
 from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, invalid_body
 from service.http.schemas import (
+    CaptionFields,
+    CaptionRequest,
     GalleryMediaRef,
     RetrieveFields,
     RetrieveRequest,
@@ -23,9 +25,11 @@ from service.http.schemas import (
     VqaRequest,
     media_source,
 )
-from service.types import MediaBytes, MediaKind, MediaSource, RetrieveQuery, TextQuery, VqaQuery
+from service.types import CaptionQuery, MediaBytes, MediaKind, MediaSource, RetrieveQuery, TextQuery, VqaQuery
 
 FORM_FIELD = "request"
+VISIBLE: tuple[MediaKind, ...] = ("image", "video")
+ANY_MEDIUM: tuple[MediaKind, ...] = (*VISIBLE, "audio")
 MAX_JSON_PARTS = 100_000  # fields and elements: parsing them takes much memory, and holds the interpreter lock
 MAX_LISTED_ERRORS = 1_000
 
@@ -35,12 +39,17 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 async def read_vqa(request: Request, *, max_bytes: int) -> VqaQuery:
     """The body of POST /vqa. Raises: RefusedRequest."""
-    return await _read(request, _vqa_from_json, _vqa_from_form, max_bytes)
+    return await _read(request, _vqa_from_json, _vqa_from_form, max_bytes, ANY_MEDIUM)
+
+
+async def read_caption(request: Request, *, max_bytes: int) -> CaptionQuery:
+    """The body of POST /caption. Raises: RefusedRequest."""
+    return await _read(request, _caption_from_json, _caption_from_form, max_bytes, ANY_MEDIUM)
 
 
 async def read_retrieve(request: Request, *, max_bytes: int) -> RetrieveQuery:
     """The body of POST /retrieve. Raises: RefusedRequest."""
-    return await _read(request, _retrieve_from_json, _retrieve_from_form, max_bytes)
+    return await _read(request, _retrieve_from_json, _retrieve_from_form, max_bytes, VISIBLE)
 
 
 def _vqa_from_json(body: bytearray) -> VqaQuery:
@@ -51,6 +60,16 @@ def _vqa_from_json(body: bytearray) -> VqaQuery:
 
 def _vqa_from_form(field: bytes, media: MediaBytes) -> VqaQuery:
     return _parse(VqaFields, field, FORM_FIELD).with_media(media)
+
+
+def _caption_from_json(body: bytearray) -> CaptionQuery:
+    parsed = _parse(CaptionRequest, body)
+    assert parsed.medium is not None, "the schema demands a medium. This is a bug."
+    return parsed.with_media(_source(*parsed.medium))
+
+
+def _caption_from_form(field: bytes, media: MediaBytes) -> CaptionQuery:
+    return _parse(CaptionFields, field, FORM_FIELD).with_media(media)
 
 
 def _retrieve_from_json(body: bytearray) -> RetrieveQuery:
@@ -89,6 +108,7 @@ async def _read(
     from_json: Callable[[bytearray], Query],
     from_form: Callable[[bytes, MediaBytes], Query],
     max_bytes: int,
+    kinds: tuple[MediaKind, ...],
 ) -> Query:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
@@ -97,24 +117,29 @@ async def _read(
             body += chunk
         return await to_thread.run_sync(from_json, body)
     if content_type == "multipart/form-data":
-        field, media = await _read_form(request, max_bytes)
+        field, media = await _read_form(request, max_bytes, kinds)
         return await to_thread.run_sync(from_form, field, media)
-    message = "send application/json, or multipart/form-data with a field `request` and a file `image` or `video`"
+    message = f"send application/json, or multipart/form-data with a field `{FORM_FIELD}` and a file {_any_of(kinds)}"
     raise RefusedRequest(message, rule=WRONG_CONTENT_TYPE, param="Content-Type")
 
 
-async def _read_form(request: Request, max_bytes: int) -> tuple[bytes, MediaBytes]:
+def _any_of(kinds: tuple[MediaKind, ...]) -> str:
+    *others, last = (f"`{kind}`" for kind in kinds)
+    return f"{', '.join(others)} or {last}"
+
+
+async def _read_form(request: Request, max_bytes: int, kinds: tuple[MediaKind, ...]) -> tuple[bytes, MediaBytes]:
     """(the JSON field, the file). The field may come as a file too, which is how some clients give it a content type."""
     try:
         async with request.form(max_files=2, max_fields=2, max_part_size=max_bytes) as form:
             parts = form.multi_items()
             names = [name for name, _ in parts]
-            kind: MediaKind = "video" if "video" in names else "image"
+            kind = next((kind for kind in kinds if kind in names), kinds[0])
             for name in names:
-                if name not in (FORM_FIELD, "image", "video"):
+                if name not in (FORM_FIELD, *kinds):
                     raise RefusedRequest("unknown part of the form", param=name[:64])
             if sorted(names) != sorted((FORM_FIELD, kind)):
-                raise RefusedRequest(f"the form must have one part `{FORM_FIELD}` and one file `image` or `video`")
+                raise RefusedRequest(f"the form must have one part `{FORM_FIELD}` and one file {_any_of(kinds)}")
             field, media = form[FORM_FIELD], form[kind]
             if not isinstance(media, UploadFile):
                 raise RefusedRequest("must be a file", param=kind)

@@ -157,6 +157,28 @@ def field_path(location: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in location if part not in UNION_TAGS)[:MAX_PARAM_CHARS]
 
 
+# What asking anything of a model may be answered with.
+ASK_ERRORS: Sequence[type[AdapterBankError] | Rule] = (
+    adapter_errors.InvalidReference,
+    adapter_errors.AdapterNotFound,
+    adapter_errors.MissingPart,
+    adapter_errors.BackboneMismatch,
+    adapter_errors.ArtifactUnavailable,
+    service_errors.GalleryNotFound,
+    service_errors.GalleryDamaged,
+    service_errors.MissingMedia,
+    service_errors.BadQuery,
+    service_errors.UnsupportedMedia,
+    service_errors.CorruptMedia,
+    service_errors.MediaTooLarge,
+    service_errors.TooLarge,
+    service_errors.Overloaded,
+    service_errors.NotReady,
+    service_errors.EngineFailed,
+    WRONG_CONTENT_TYPE,
+)
+
+
 def responses(*errors: type[AdapterBankError] | Rule) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of the errors a route may answer: a description per status naming its codes, made from the table."""
     codes: dict[int, list[str]] = defaultdict(list)

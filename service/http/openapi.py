@@ -1,5 +1,6 @@
 """What OpenAPI cannot see by itself: bodies that handlers read themselves, as JSON or as a form, and who may call what."""
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -10,23 +11,26 @@ from pydantic.json_schema import models_json_schema
 
 from service.errors import Forbidden, Unauthenticated
 from service.http.access import KEY_HEADER, OPEN, access_of
-from service.http.bodies import FORM_FIELD
+from service.http.bodies import FORM_FIELD, VISIBLE
 from service.http.errors import TABLE
 from service.http.operator_schemas import PackageSource
 from service.http.schemas import REQUESTS, ErrorReply
+from service.types import MediaKind
 
 _REFUSED_WITH = (Unauthenticated, Forbidden)
 _REF_TEMPLATE = "#/components/schemas/{model}"
 
 
-def request_body(body: type[BaseModel], fields: type[BaseModel]) -> dict[str, Any]:
-    """The `requestBody` of a route that takes `body` as JSON, or `fields` in a form beside one file."""
+def request_body(
+    body: type[BaseModel], fields: type[BaseModel], kinds: Sequence[MediaKind] = VISIBLE
+) -> dict[str, Any]:
+    """The `requestBody` of a route that takes `body` as JSON, or `fields` in a form beside one file of these kinds."""
     file = {"type": "string", "format": "binary"}
     form = {
         "type": "object",
-        "properties": {FORM_FIELD: _ref(fields), "image": file, "video": file},
+        "properties": {FORM_FIELD: _ref(fields)} | dict.fromkeys(kinds, file),
         "required": [FORM_FIELD],
-        "oneOf": [{"required": ["image"]}, {"required": ["video"]}],
+        "oneOf": [{"required": [kind]} for kind in kinds],
     }
     content = {
         "application/json": {"schema": _ref(body)},

@@ -26,6 +26,7 @@ from adapters.registry import GalleryRecord, Snapshot, VersionRecord
 from service.gallery.manifest import GalleryManifest
 from service.types import (
     AdapterInfo,
+    CaptionQuery,
     GalleryMedia,
     GenerateDecode,
     Hit,
@@ -77,7 +78,7 @@ class RequestModel(Model):
 
 
 class UploadedMedia(RequestModel):
-    """A picture or clip inside the JSON text."""
+    """A picture, clip or sound inside the JSON text."""
 
     model_config = examples(_EXAMPLE_PICTURE)
 
@@ -141,7 +142,7 @@ def decode_base64(text: str) -> bytes:
 
 
 class _OneMedium(RequestModel):
-    """Exactly one of the media fields is given."""
+    """Exactly one of the media fields is given: something to look at."""
 
     image: Media | None = None
     video: Media | None = None
@@ -154,6 +155,23 @@ class _OneMedium(RequestModel):
         return None if self.video is None else ("video", self.video)
 
 
+class _AnyMedium(_OneMedium):
+    """Exactly one of the media fields is given: something to look at, or to listen to."""
+
+    audio: Media | None = None
+
+    @property
+    def medium(self) -> tuple[MediaKind, UploadedMedia | GalleryMediaRef] | None:
+        """The one that was given."""
+        return ("audio", self.audio) if self.audio is not None else super().medium
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(given is not None for given in (self.image, self.video, self.audio)) != 1:
+            raise PydanticCustomError("one_medium", "give exactly one of image, video and audio")
+        return self
+
+
 # --- POST /vqa --------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +182,11 @@ class GenerateOptions(RequestModel):
 
     mode: Literal["generate"] = "generate"
     num_beams: int | None = Field(default=None, ge=1, le=16, description="1 is greedy.")
-    max_new_tokens: int | None = Field(default=None, ge=1, le=63)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=511)
+
+    def chosen(self) -> GenerateDecode:
+        """For the pipeline."""
+        return GenerateDecode(self.num_beams, self.max_new_tokens)
 
 
 class RankOptions(RequestModel):
@@ -180,7 +202,7 @@ class RankOptions(RequestModel):
 
 
 class VqaFields(RequestModel):
-    """A question without its medium: the field `request` of a multipart form, whose file part is `image` or `video`."""
+    """A question without its medium: the field `request` of a multipart form, whose file part is `image`, `video` or `audio`."""
 
     model_config = examples({"adapter": "vqa@prod", "question": "what colour is the ball?"})
 
@@ -191,16 +213,13 @@ class VqaFields(RequestModel):
     def with_media(self, media: MediaSource) -> VqaQuery:
         """The query for the pipeline."""
         options = self.decode
-        decode: GenerateDecode | RankDecode
         if isinstance(options, RankOptions):
-            decode = RankDecode(options.candidates, options.k)
-        else:
-            decode = GenerateDecode(options.num_beams, options.max_new_tokens)
-        return VqaQuery(self.adapter, self.question, media, decode)
+            return VqaQuery(self.adapter, self.question, media, RankDecode(options.candidates, options.k))
+        return VqaQuery(self.adapter, self.question, media, options.chosen())
 
 
-class VqaRequest(_OneMedium, VqaFields):
-    """A question about one picture or clip."""
+class VqaRequest(_AnyMedium, VqaFields):
+    """A question about one picture, clip or sound."""
 
     model_config = examples(
         {"adapter": "vqa@prod", "question": "what colour is the ball?", "image": _EXAMPLE_PICTURE},
@@ -211,12 +230,6 @@ class VqaRequest(_OneMedium, VqaFields):
             "decode": {"mode": "rank", "candidates": ["yes", "no"]},
         },
     )
-
-    @model_validator(mode="after")
-    def _one_medium(self) -> Self:
-        if (self.image is None) == (self.video is None):
-            raise PydanticCustomError("one_medium", "give exactly one of image and video")
-        return self
 
 
 class AdapterReply(Model):
@@ -277,6 +290,69 @@ class VqaReply(Model):
                 AlternativeReply(answer=other.answer, score=other.score, index=other.index)
                 for other in answer.alternatives
             ],
+            adapter=AdapterReply.of(answer.adapter),
+            warnings=list(answer.warnings),
+        )
+
+
+# --- POST /caption ----------------------------------------------------------------------------------------------
+
+
+class CaptionFields(RequestModel):
+    """A caption's adapter: the field `request` of a multipart form, whose file part is `image`, `video` or `audio`."""
+
+    model_config = examples({"adapter": "caption@prod"})
+
+    adapter: Reference = Field(description="As for a question.")
+    decode: GenerateOptions = GenerateOptions()
+
+    def with_media(self, media: MediaSource) -> CaptionQuery:
+        """The query for the pipeline."""
+        return CaptionQuery(self.adapter, media, self.decode.chosen())
+
+
+class CaptionRequest(_AnyMedium, CaptionFields):
+    """A picture, clip or sound to be put into words."""
+
+    model_config = examples({"adapter": "caption@prod", "image": _EXAMPLE_PICTURE})
+
+
+class CaptionAlternative(Model):
+    """Another caption that was considered."""
+
+    model_config = examples({"caption": "a ball in the grass", "score": -0.94})
+
+    caption: str
+    score: float
+
+
+class CaptionReply(Model):
+    """The caption."""
+
+    model_config = examples(
+        {
+            "caption": "a dog catches a ball",
+            "score": -0.71,
+            "alternatives": [{"caption": "a dog and a ball", "score": -0.94}],
+            "adapter": _EXAMPLE_ADAPTER,
+            "warnings": [],
+        }
+    )
+
+    caption: str
+    score: float = Field(description="Log-probability, divided by the length.")
+    alternatives: list[CaptionAlternative] = Field(description="Others that were considered, best first.")
+    adapter: AdapterReply
+    warnings: list[str] = Field(description="What the caption may suffer from.")
+
+    @classmethod
+    def of(cls, answer: VqaAnswer) -> "CaptionReply":
+        """From the pipeline's type."""
+        others = [CaptionAlternative(caption=other.answer, score=other.score) for other in answer.alternatives]
+        return cls(
+            caption=answer.answer,
+            score=answer.score,
+            alternatives=others,
             adapter=AdapterReply.of(answer.adapter),
             warnings=list(answer.warnings),
         )
@@ -687,5 +763,12 @@ class ErrorReply(Model):
     error: ErrorBody
 
 
-REQUESTS: Sequence[type[BaseModel]] = (VqaRequest, VqaFields, RetrieveRequest, RetrieveFields)
+REQUESTS: Sequence[type[BaseModel]] = (
+    VqaRequest,
+    VqaFields,
+    CaptionRequest,
+    CaptionFields,
+    RetrieveRequest,
+    RetrieveFields,
+)
 """Bodies that handlers read themselves; OpenAPI is told of them by `service.http.openapi`."""

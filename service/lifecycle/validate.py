@@ -18,7 +18,7 @@ from adapters.package import PROBE_FILE, WEIGHTS_FILE, Package, check_tensors
 from adapters.probe import Probe, ProbeInputs, parse_probe
 from service.lifecycle.probe import Outputs, check_inputs, inputs_for, lodged, outputs_of
 from service.loader import Pin, check_servable
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import AnyStages
 from service.types import BASE_INFO, RequestContext
 
 # How far outputs may be from the expected ones, by serving dtype; the expected ones are float32.
@@ -52,7 +52,7 @@ class ProbeReport:
     noise: float
 
 
-async def validate(package: Package, stages: StageRunner, *, timeout_s: float = TIMEOUT_S) -> ProbeReport:
+async def validate(package: Package, stages: AnyStages, *, timeout_s: float = TIMEOUT_S) -> ProbeReport:
     """Check a package on the engine that would serve it. Runs as background work and leaves nothing in the bank.
 
     Raises: ProbeFailed naming the output or the part and by how much it is off; InvalidPackage and its other kinds,
@@ -68,7 +68,7 @@ async def validate(package: Package, stages: StageRunner, *, timeout_s: float = 
     return await trial.examine(own, _checked_errors(own, probe.outputs, stages.backbone.dtype))
 
 
-async def compute_probe(package: Package, stages: StageRunner, *, timeout_s: float = TIMEOUT_S) -> Probe:
+async def compute_probe(package: Package, stages: AnyStages, *, timeout_s: float = TIMEOUT_S) -> Probe:
     """A new probe of a package, whatever probe it carries. The engine's backbone must be float32.
 
     Raises: ProbeFailed when the adapter, or a tuned part of it, does nothing; what `validate` raises.
@@ -83,16 +83,16 @@ async def compute_probe(package: Package, stages: StageRunner, *, timeout_s: flo
     return Probe(inputs, own)
 
 
-def _check_servable(package: Package, stages: StageRunner) -> None:
+def _check_servable(package: Package, stages: AnyStages) -> None:
     dims = stages.backbone.dims()
-    check_servable(package.config, stages.backbone, stages.engine.bank)
+    check_servable(package.config, stages.backbone, stages.bank)
     check_tensors(package.config, package.tensors, dims)
 
 
 class _Trial:
     """A package and its variants on one set of inputs, one after another."""
 
-    def __init__(self, package: Package, inputs: ProbeInputs, stages: StageRunner, timeout_s: float) -> None:
+    def __init__(self, package: Package, inputs: ProbeInputs, stages: AnyStages, timeout_s: float) -> None:
         check_inputs(inputs, package.config, stages.backbone)
         self._package = package
         self._inputs = inputs
@@ -103,7 +103,7 @@ class _Trial:
     async def run(self, variant: Package | None) -> Outputs:
         """Outputs of a variant; of the backbone alone for None."""
         if variant is None:
-            return await self._run(Pin(BASE_INFO, BASE_ADAPTER, None))
+            return await self._run(Pin(BASE_INFO, BASE_ADAPTER, None, self._stages.hosted.name))
         async with lodged(variant, self._stages) as pin:
             return await self._run(pin)
 

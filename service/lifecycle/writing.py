@@ -22,12 +22,13 @@ from adapters.package import (
     write_files,
 )
 from service.backbone.base import Backbone
+from service.backbones import DEFAULT, Backbones
 from service.bank import AdapterBank
 from service.engine import Engine
 from service.lifecycle.validate import compute_probe
 from service.media import MediaWorkers
 from service.metrics import Metrics
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import AnyStages, StageSet
 from service.scheduler import BatchLimits, Scheduler
 
 TIMEOUT_S = 24 * 3600.0  # nobody waits but who gave the command
@@ -70,7 +71,7 @@ def _probed(files: Mapping[str, bytes], backbone: Backbone) -> dict[str, bytes]:
 
 
 @contextmanager
-def workbench(backbone: Backbone, rank: int) -> Iterator[StageRunner]:
+def workbench(backbone: Backbone, rank: int) -> Iterator[AnyStages]:
     """The parts that serve, with one slot of that rank, for as long as the block lasts."""
     metrics = Metrics()
     bank = AdapterBank(
@@ -82,9 +83,9 @@ def workbench(backbone: Backbone, rank: int) -> Iterator[StageRunner]:
         host_bytes=1,  # what is held stays beyond it
         metrics=metrics,
     )
+    backbones = Backbones.of_one(backbone, bank, metrics)
     engine = Engine(
-        backbone,
-        bank,
+        backbones,
         Scheduler(BatchLimits(max_rows=1, max_tokens=1)),  # a job above a limit runs alone, as all do here
         metrics,
         measured=lambda cost, seconds: None,
@@ -94,7 +95,7 @@ def workbench(backbone: Backbone, rank: int) -> Iterator[StageRunner]:
     media = MediaWorkers(1)  # never started: a probe brings pixels
     engine.start()
     try:
-        yield StageRunner(engine, backbone, media, metrics, feature_cache_bytes=0)
+        yield StageSet(engine, backbones, media, metrics, feature_cache_bytes=0).on(DEFAULT)
     finally:
         engine.stop()
         media.close()

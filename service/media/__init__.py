@@ -5,6 +5,7 @@ Knows nothing of models, requests or torch: arrays are NumPy.
 
 from service.media.clip import VideoFrames, decode_video, sample_times
 from service.media.picture import CLIP_MEAN, CLIP_STD, Preprocessing, decode_image
+from service.media.sound import Spectrogram, SpectrogramPreprocessing, decode_sound
 from service.media.source import MediaKind, MediaLimits, MediaSource, media_kind
 from service.media.thumbnails import thumbnail
 from service.media.workers import MediaWorkers
@@ -17,8 +18,11 @@ __all__ = [
     "MediaSource",
     "MediaWorkers",
     "Preprocessing",
+    "Spectrogram",
+    "SpectrogramPreprocessing",
     "VideoFrames",
     "decode_image",
+    "decode_sound",
     "decode_video",
     "media_kind",
     "sample_times",

@@ -16,6 +16,7 @@ MediaSource = bytes | Path
 MediaKind = Literal["image", "video"]
 PictureFormat = Literal["JPEG", "PNG", "WEBP"]
 ClipFormat = Literal["mp4", "matroska", "avi"]
+SoundFormat = Literal["wav", "flac", "ogg", "mp3", "aac", "mp4", "matroska"]
 
 _IMAGE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx "}
 _MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}
@@ -61,6 +62,22 @@ def clip_format(data: bytes) -> ClipFormat | None:
     if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
         return "avi"
     return None
+
+
+def sound_format(data: bytes) -> SoundFormat | None:
+    """The container of sound the first bytes claim, a clip's that may hold some counts too; None if it is none of ours."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WAVE":
+        return "wav"
+    if data.startswith(b"fLaC"):
+        return "flac"
+    if data.startswith(b"OggS"):
+        return "ogg"
+    if len(data) > 1 and data[0] == 0xFF and data[1] & 0xF6 == 0xF0:  # ADTS: the layer's bits are zero
+        return "aac"
+    if data.startswith(b"ID3") or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0):
+        return "mp3"
+    clip = clip_format(data)
+    return clip if clip == "mp4" or clip == "matroska" else None
 
 
 def media_kind(data: bytes) -> MediaKind | None:

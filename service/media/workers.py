@@ -27,6 +27,7 @@ from service.errors import CorruptMedia, MediaTimeout, MediaTooLarge, NotReady, 
 from service.media.clip import VideoFrames, decode_video
 from service.media.mailbox import Mailbox
 from service.media.picture import Preprocessing, decode_image
+from service.media.sound import Spectrogram, SpectrogramPreprocessing, decode_sound
 from service.media.source import DEFAULT_LIMITS, MediaLimits, MediaSource
 from service.media.thumbnails import thumbnail
 from service.media.worker_main import Call
@@ -73,6 +74,10 @@ class MediaWorkers:
     async def video(self, source: MediaSource, prep: Preprocessing, num_frames: int) -> VideoFrames:
         """`decode_video` in a worker. Raises as it does, and as `call`."""
         return await self.call(decode_video, source, prep, num_frames, self.limits)
+
+    async def sound(self, source: MediaSource, prep: SpectrogramPreprocessing) -> Spectrogram:
+        """`decode_sound` in a worker. Raises as it does, and as `call`."""
+        return await self.call(decode_sound, source, prep, self.limits)
 
     async def thumbnail(self, source: MediaSource, size: int = 160) -> bytes:
         """`thumbnail` in a worker: JPEG bytes. Raises as it does, and as `call`."""

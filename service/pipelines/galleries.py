@@ -38,7 +38,9 @@ from service.gallery.sources import Source
 from service.gallery.store import Gallery, GalleryStore
 from service.gallery.trees import GalleryTrees
 from service.loader import Loader, Pin
-from service.pipelines.stages import Medium, StageRunner, preprocessing_of, text_limit, tokenize_within
+from service.pipelines.blip import preprocessing_of, text_limit
+from service.pipelines.stage_set import StageSet
+from service.pipelines.stages import Medium, tokenize_within
 from service.types import MediaKind, RequestContext
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class Galleries:
         trees: GalleryTrees,
         registry: Registry,
         loader: Loader,
-        stages: StageRunner,
+        stages: StageSet,
         *,
         rollback_window_s: float = 0.0,
     ) -> None:
@@ -262,7 +264,7 @@ class Galleries:
 
     def key(self, pin: Pin, kind: GalleryKind, pooling: Pooling, tau: float) -> str:
         """The embedding key of vectors made with an adapter now: what a gallery's must equal to be comparable."""
-        backbone = self._stages.backbone
+        backbone = self._stages.blip(pin).backbone
         preprocessing = preprocessing_of(pin.config, backbone)
         used = ("vision", "text_encoder", "vision_proj", "text_proj", "tokenizer")
         facts = preprocessing.model_dump(mode="json")
@@ -380,7 +382,7 @@ class Galleries:
         """A new version, ready. Raises: MissingMedia when more sources than allowed cannot be embedded."""
         if pin.config is not None and pin.config.task != "retrieval":
             raise BadQuery(f"{pin.info.name} was made for {pin.config.task}, not for retrieval", param="adapter")
-        self._stages.backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
+        self._stages.blip(pin).backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
         await asyncio.to_thread(self._trees.check)
         plan = self._plan(name, pin, options)
         with ExitStack() as stack:  # which closes the build also when the wait for it is cancelled
@@ -412,7 +414,7 @@ class Galleries:
             kind=options.kind,
             embedding_key=self.key(pin, options.kind, options.pooling, options.tau),
             adapter=embedded_by,
-            preprocessing=preprocessing_of(pin.config, self._stages.backbone),
+            preprocessing=preprocessing_of(pin.config, self._stages.blip(pin).backbone),
             pooling=options.pooling,
             tau=options.tau,
             index=options.index,
@@ -499,7 +501,7 @@ class Galleries:
                 may_retry = False
 
     async def _embedded(self, source: Source, pin: Pin, context: RequestContext) -> EmbeddedItem:
-        stages = self._stages
+        stages = self._stages.blip(pin)
         if source.kind == "text":
             limit = text_limit(pin.config, stages.backbone)
             tokens = tokenize_within(stages.backbone, source.text or "", limit, param="text")
@@ -509,7 +511,7 @@ class Galleries:
         kind: MediaKind = source.kind
         seen = await stages.see(Medium(kind, source.file), pin, context)
         frames = frame_features(seen.output.frames)
-        thumbnail = await stages.media.thumbnail(source.file)
+        thumbnail = await self._stages.media.thumbnail(source.file)
         times = seen.times_s if kind == "video" else ()
         return EmbeddedItem(
             source.id, frames=frames, frame_times_s=times, duration_s=seen.duration_s, thumbnail=thumbnail

@@ -24,19 +24,10 @@ from service.gallery.index import SearchResult
 from service.gallery.store import Gallery
 from service.loader import Loader, Pin
 from service.metrics import Metrics
+from service.pipelines.blip import Seen, frame_similarities, preprocessing_of, text_limit, weighs_frames
 from service.pipelines.galleries import Galleries, frame_features
-from service.pipelines.stages import (
-    Medium,
-    Seen,
-    StageRunner,
-    frame_similarities,
-    gather_or_cancel,
-    preprocessing_of,
-    text_limit,
-    tokenize_within,
-    weighs_frames,
-    within_deadline,
-)
+from service.pipelines.stage_set import StageSet
+from service.pipelines.stages import Medium, gather_or_cancel, tokenize_within, within_deadline
 from service.types import (
     AdapterInfo,
     FrameWeight,
@@ -115,7 +106,7 @@ class RetrievePipeline:
 
     def __init__(
         self,
-        stages: StageRunner,
+        stages: StageSet,
         loader: Loader,
         galleries: Galleries,
         admission: Admission,
@@ -206,7 +197,7 @@ class RetrievePipeline:
 
     def _cost(self, query: RetrieveQuery, gallery: Gallery, pin: Pin, depth: int) -> float:
         """Estimated operations; candidates whose states are cached turn out cheaper."""
-        backbone = self._stages.backbone
+        backbone = self._stages.blip(pin).backbone
         backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
         preprocessing = preprocessing_of(pin.config, backbone)
         stack = backbone.config.text_encoder
@@ -267,13 +258,14 @@ class RetrievePipeline:
     async def _encode(
         self, query: RetrieveQuery, gallery: Gallery, pin: Pin, medium: Medium | None, context: RequestContext
     ) -> EncodedSearch:
+        stages = self._stages.blip(pin)
         if isinstance(query.query, TextQuery):
-            limit = text_limit(pin.config, self._stages.backbone)
-            tokens = tokenize_within(self._stages.backbone, query.query.text, limit, param="query.text")
-            output = await self._stages.text(tokens.ids, pin, context)
+            limit = text_limit(pin.config, stages.backbone)
+            tokens = tokenize_within(stages.backbone, query.query.text, limit, param="query.text")
+            output = await stages.text(tokens.ids, pin, context)
             return EncodedSearch(np.asarray(output.vector.numpy(), np.float32), tokens.ids, None, tokens.warnings)
         assert medium is not None
-        seen = await self._stages.see(medium, pin, context)
+        seen = await stages.see(medium, pin, context)
         frames = frame_features(seen.output.frames)
         manifest = gallery.manifest
         weighs = manifest.pooling == "frame_attention" and manifest.kind == "video"
@@ -298,7 +290,8 @@ class RetrievePipeline:
     async def _match_part(
         self, encoded: EncodedSearch, gallery: Gallery, positions: Sequence[int], pin: Pin, context: RequestContext
     ) -> tuple[Floats, list[Floats]]:
-        backbone = self._stages.backbone
+        stages = self._stages.blip(pin)
+        backbone = stages.backbone
         if encoded.ids is None:  # a medium against texts
             assert encoded.seen is not None
             limit = text_limit(pin.config, backbone)
@@ -308,7 +301,7 @@ class RetrievePipeline:
             vectors = gallery.vectors[list(positions)]
         else:
             media = [await self._galleries.medium_at(gallery, position) for position in positions]
-            seen = await gather_or_cancel([self._stages.see(medium, pin, context) for medium in media])
+            seen = await gather_or_cancel([stages.see(medium, pin, context) for medium in media])
             ids = (encoded.ids,) * len(positions)
             vectors = np.repeat(encoded.vector[None], len(positions), axis=0)
         weighs = weighs_frames(pin.config)
@@ -317,7 +310,7 @@ class RetrievePipeline:
             for one, vector in zip(seen, vectors, strict=True)
         ]
         pairs = MatchInput(ids, tuple(one.output.states for one in seen), tuple(similarities))
-        output = await self._stages.match(pairs, pin, context)
+        output = await stages.match(pairs, pin, context)
         weights = [_softmax(s) if s is not None else np.empty(0, np.float32) for s in similarities]
         return np.asarray(output.logits.numpy(), np.float32), weights
 

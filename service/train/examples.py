@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError, model_valida
 
 from adapters.config import Strict, Task, describe
 from adapters.errors import ConversionError
-from service.backbone.base import Backbone
+from service.backbone.blip_backbone import BlipBackbone
 
 MAX_ANSWER_TOKENS = 64
 
@@ -88,7 +88,7 @@ class Examples:
 class _Reader:
     """Collects examples, and what is counted over all of them."""
 
-    backbone: Backbone
+    backbone: BlipBackbone
     folder: Path
     examples: list[Example] = field(default_factory=list)
     files: dict[Path, int] = field(default_factory=dict)
@@ -129,14 +129,14 @@ class _Reader:
         return tokens.ids
 
 
-def text_limit(backbone: Backbone) -> int:
+def text_limit(backbone: BlipBackbone) -> int:
     """How many tokens a caption or question may have."""
     stack = backbone.config.text_encoder
     assert stack is not None, "the caller required a text encoder. This is a bug."
     return min(backbone.manifest.max_text_tokens, stack.max_positions)
 
 
-def read_examples(manifest: Path, task: Task, backbone: Backbone) -> Examples:
+def read_examples(manifest: Path, task: Task, backbone: BlipBackbone) -> Examples:
     """Read JSON lines {"file", "caption"} or {"file", "question", "answer" | "answers", "weights"?}.
 
     Files are relative to the manifest's folder. Raises: ConversionError with the number of the line.

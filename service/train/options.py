@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from adapters.config import Strict, Task, describe
+from adapters.config import Strict, describe
 from service.config import InvalidSettings
 
 
@@ -18,7 +18,7 @@ class TrainOptions(Strict):
     """
 
     backbone: Path
-    task: Task
+    task: Literal["retrieval", "vqa"]
     data: Path
     out: Path
     rank: int = Field(default=128, gt=0, le=8192)

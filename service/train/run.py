@@ -22,7 +22,8 @@ from adapters.package import Package
 from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
 from adapters.training.loop import FitOptions, Objective, Progress, fit
 from adapters.training.objectives import RetrievalSettings
-from service.backbone.base import TASK_PARTS, Backbone, load_backbone
+from service.backbone.blip_backbone import TASK_PARTS, BlipBackbone
+from service.backbone.folder import load_blip
 from service.config import MIB, InvalidSettings
 from service.errors import BadMedia
 from service.lifecycle.writing import write_probed_package
@@ -55,7 +56,7 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     """
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise Conflict(f"{options.out} exists and is not an empty folder", param="out")
-    backbone = load_backbone(options.backbone, device=str(pick_device(options.device)))
+    backbone = load_blip(options.backbone, device=str(pick_device(options.device)))
     backbone.require(options.task)
     _check_resolution(options, backbone)
     examples = read_examples(options.data, options.task, backbone)
@@ -67,7 +68,7 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     say(f"tuning {tuned}, on {device}")
     _say_unknown(examples, say)
     with MediaWorkers(options.media_workers, MediaLimits(), max_queued=options.batch_size + IN_FLIGHT) as workers:
-        store = PixelStore(examples.files, config.preprocessing, workers, max_bytes=options.cache_mib * MIB)
+        store = PixelStore(examples.files, config.pixels, workers, max_bytes=options.cache_mib * MIB)
         quarantine = _quarantine(options, examples, store, say)
         usable = _usable(options, examples, quarantine)
         store.trust(usable[0].file)
@@ -85,7 +86,7 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     return package
 
 
-def _tuned_share(adapter: TrainableAdapter, backbone: Backbone) -> str:
+def _tuned_share(adapter: TrainableAdapter, backbone: BlipBackbone) -> str:
     """How much of the backbone's size is tuned, in words."""
     num_frozen = sum(p.numel() for p in backbone.model.parameters())
     share = 100 * adapter.num_parameters / num_frozen
@@ -101,13 +102,13 @@ def _say_unknown(examples: Examples, say: Say) -> None:
 # --- what will be written -------------------------------------------------------------------------------------------------
 
 
-def _check_resolution(options: TrainOptions, backbone: Backbone) -> None:
+def _check_resolution(options: TrainOptions, backbone: BlipBackbone) -> None:
     patch = backbone.config.vision.patch
     if options.resolution is not None and options.resolution % patch:
         raise InvalidSettings(f"{options.resolution} is no multiple of the patch size {patch}", param="resolution")
 
 
-def package_config(options: TrainOptions, backbone: Backbone, examples: Examples) -> AdapterConfig:
+def package_config(options: TrainOptions, backbone: BlipBackbone, examples: Examples) -> AdapterConfig:
     """The config of the package to be, provenance aside."""
     dims = backbone.dims()
     family = UniAdapterOptions(kv_rank=options.kv_rank, frame_aware_attention=options.frame_aware)
@@ -133,7 +134,7 @@ def package_config(options: TrainOptions, backbone: Backbone, examples: Examples
     )
 
 
-def _decoding(backbone: Backbone, examples: Examples) -> AnswerDecoding:
+def _decoding(backbone: BlipBackbone, examples: Examples) -> AnswerDecoding:
     """Candidates are the answers trained on; a generated answer may be as long as the longest of them."""
     decoder = backbone.config.decoder
     assert decoder is not None, "the caller required a decoder. This is a bug."
@@ -165,7 +166,7 @@ def model_card(
     options: TrainOptions, config: AdapterConfig, tuned: str, num_examples: int, losses: Mapping[str, float]
 ) -> str:
     """README.md of the package."""
-    preprocessing = config.preprocessing
+    preprocessing = config.pixels
     rows = {
         "task": options.task,
         "family": f"{config.family}, rank {options.rank}, key/value rank {options.kv_rank or 'none'}",
@@ -224,7 +225,7 @@ def _usable(options: TrainOptions, examples: Examples, quarantine: Quarantine) -
 
 def _fit(
     options: TrainOptions,
-    backbone: Backbone,
+    backbone: BlipBackbone,
     adapter: TrainableAdapter,
     batches: Batches,
     quarantine: Quarantine,
@@ -265,7 +266,7 @@ def _fit(
 
 
 def _objective(
-    options: TrainOptions, backbone: Backbone, adapter: TrainableAdapter, batches: Callable[[int], Any], plan: Plan
+    options: TrainOptions, backbone: BlipBackbone, adapter: TrainableAdapter, batches: Callable[[int], Any], plan: Plan
 ) -> Objective:
     def on_device(step: int) -> Any:
         return batches(step).to(backbone.device)

@@ -14,7 +14,7 @@ from adapters.config import AdapterConfig, BackboneRef, Preprocessing, Task
 from adapters.errors import InvalidPackage
 from adapters.families import FAMILIES, family_of
 from adapters.families.base import (
-    BackboneDims,
+    BlipDims,
     GroupedAdaptation,
     Role,
     Site,
@@ -32,7 +32,7 @@ from adapters.families.uniadapter import (
     options_of,
 )
 
-DIMS = BackboneDims(width=12, layers=2, embed_dim=5)
+DIMS = BlipDims(width=12, layers=2, embed_dim=5)
 UNI = UniAdapter()
 CPU = torch.device("cpu")
 SITES = [

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from adapters.config import AdapterConfig
 from adapters.errors import AdapterBankError, BackboneMismatch, ConversionError, TensorMismatch
-from adapters.families.base import BackboneDims
-from adapters.importers.uniadapter import ImportedAdapter, import_uniadapter, read_checkpoint
+from adapters.families.base import BlipDims
+from adapters.importers.checkpoint import ImportedAdapter, read_checkpoint
+from adapters.importers.uniadapter import import_uniadapter
 from adapters.package import read_package, write_package
 from tests.parity.synthetic import Maker, Recipe, Sizes
 
 SIZES = Sizes(24, 3, 2, 5, 3, 90, 4, 12, 20, 30, 12, 8, {"pad": 0, "cls": 80, "sep": 81, "bos": 88, "enc": 89})
-DIMS = BackboneDims(width=24, layers=2, embed_dim=20)
+DIMS = BlipDims(width=24, layers=2, embed_dim=20)
 PARTS = {
     part: "sha256:" + letter * 64
     for part, letter in zip(("vision", "text_encoder", "decoder", "tokenizer", "itm_head"), "abcde", strict=True)
@@ -214,7 +215,7 @@ def test_what_cannot_be_served_is_refused(
 
 def test_more_layers_than_the_backbone_has_are_refused() -> None:
     with pytest.raises(TensorMismatch, match=r"adapters\.1\.\S+ the backbone has 1 layers only"):
-        import_uniadapter(document_of(), dims=BackboneDims(24, 1, 20), parts=PARTS, check_backbone=lambda state: None)
+        import_uniadapter(document_of(), dims=BlipDims(24, 1, 20), parts=PARTS, check_backbone=lambda state: None)
 
 
 def test_a_time_embedding_is_refused_even_where_the_settings_forget_it() -> None:

@@ -25,7 +25,7 @@ from adapters.errors import (
     TensorMismatch,
     UnsafePath,
 )
-from adapters.families.base import BackboneDims
+from adapters.families.base import BlipDims
 from adapters.package import (
     FILES,
     check_backbone,
@@ -42,7 +42,7 @@ from adapters.package import (
 )
 
 WIDTH, LAYERS, EMBED_DIM = 8, 2, 6
-DIMS = BackboneDims(WIDTH, LAYERS, EMBED_DIM)
+DIMS = BlipDims(WIDTH, LAYERS, EMBED_DIM)
 PARTS = {"vision": f"sha256:{1:064x}", "text_encoder": f"sha256:{2:064x}"}
 
 
@@ -319,7 +319,7 @@ def test_pixels_are_not_divided_by_nothing(tmp_path: Path) -> None:
     config = json.loads((package / "adapter_config.json").read_text())
     config["preprocessing"]["std"] = [0.2, 0.0, 0.2]
     (package / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InvalidPackage, match=r"preprocessing\.std"):
+    with pytest.raises(InvalidPackage, match=r"preprocessing\.pixels\.std"):
         read_package(package)
 
 

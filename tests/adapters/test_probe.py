@@ -23,7 +23,7 @@ from tests.adapters.test_package import make_config, make_tensors
 
 PATCH = 16
 SPECIAL = frozenset({0, 1, 2, 38, 39})
-VOCABULARY = Vocabulary(size=40, cls=1, sep=2, dec=38, special=SPECIAL, max_tokens=24)
+VOCABULARY = Vocabulary(size=40, text=(1, 2), answer=(38, 2), special=SPECIAL, max_tokens=24)
 EMBED_DIM = 5
 
 
@@ -39,7 +39,7 @@ def config_of(task: Task, **preprocessing: int) -> AdapterConfig:
 
 def probe_of(config: AdapterConfig) -> Probe:
     inputs = draw_inputs(config, patch=PATCH, vocabulary=VOCABULARY)
-    frames, texts = len(inputs.pixels), len(inputs.text_ids)
+    frames, texts = len(inputs.medium), len(inputs.text_ids)
     if config.task == "retrieval":
         shapes = {"frames": (frames, EMBED_DIM), "texts": (texts, EMBED_DIM), "match": (texts, 2)}
     else:
@@ -54,17 +54,17 @@ def probe_of(config: AdapterConfig) -> Probe:
 def test_the_same_inputs_are_drawn_every_time_and_fit_into_a_few_kilobytes(task: Task) -> None:
     config = config_of(task, resolution=480)
     one, two = probe_of(config), probe_of(config)
-    assert torch.equal(one.inputs.pixels, two.inputs.pixels)
+    assert torch.equal(one.inputs.medium, two.inputs.medium)
     assert (one.inputs.texts(), one.inputs.answers()) == (two.inputs.texts(), two.inputs.answers())
     assert sum(t.numel() * t.element_size() for t in one.tensors().values()) < 10_000
 
 
 def test_words_are_drawn_from_the_vocabulary_and_special_ids_stand_where_they_belong() -> None:
     inputs = draw_inputs(config_of("vqa"), patch=PATCH, vocabulary=VOCABULARY)
-    for first, rows in ((VOCABULARY.cls, inputs.texts()), (VOCABULARY.dec, inputs.answers())):
+    for first, rows in ((VOCABULARY.text[0], inputs.texts()), (VOCABULARY.answer[0], inputs.answers())):
         assert len(set(rows)) == len(rows) > 1
         for row in rows:
-            assert (row[0], row[-1]) == (first, VOCABULARY.sep)
+            assert (row[0], row[-1]) == (first, VOCABULARY.text[1])
             assert not set(row[1:-1]) & SPECIAL
             assert max(row) < VOCABULARY.size
     assert draw_inputs(config_of("retrieval"), patch=PATCH, vocabulary=VOCABULARY).answers() == ()
@@ -73,7 +73,7 @@ def test_words_are_drawn_from_the_vocabulary_and_special_ids_stand_where_they_be
 def test_texts_keep_to_the_limits_of_the_adapter_and_of_the_backbone() -> None:
     short = config_of("vqa").model_copy(update={"max_text_tokens": 3})
     assert draw_inputs(short, patch=PATCH, vocabulary=VOCABULARY).text_ids.shape[1] == 3
-    few = Vocabulary(40, 1, 2, 38, SPECIAL, max_tokens=3)
+    few = Vocabulary(40, (1, 2), (38, 2), SPECIAL, max_tokens=3)
     drawn = draw_inputs(config_of("vqa"), patch=PATCH, vocabulary=few)
     assert drawn.text_ids.shape[1] == 3
     assert drawn.answer_ids is not None and drawn.answer_ids.shape[1] == 3
@@ -81,7 +81,7 @@ def test_texts_keep_to_the_limits_of_the_adapter_and_of_the_backbone() -> None:
 
 @pytest.mark.parametrize("num_frames, drawn", [(1, 1), (2, 2), (8, NUM_FRAMES)])
 def test_frames_differ_and_there_are_two_where_the_adapter_takes_clips(num_frames: int, drawn: int) -> None:
-    pixels = draw_inputs(config_of("vqa", num_frames=num_frames), patch=PATCH, vocabulary=VOCABULARY).pixels
+    pixels = draw_inputs(config_of("vqa", num_frames=num_frames), patch=PATCH, vocabulary=VOCABULARY).medium
     assert len(pixels) == drawn
     assert len({frame.numpy().tobytes() for frame in pixels}) == drawn
 
@@ -92,7 +92,7 @@ def test_squares_are_spread_over_their_patches_and_normalised() -> None:
     frames = inputs.frames(config.preprocessing)
     assert frames.shape == (NUM_FRAMES, 3, 64, 64) and frames.dtype == torch.float32
     for frame, channel, row, column in ((0, 0, 0, 0), (1, 2, 3, 1), (0, 1, 2, 3)):
-        value = int(inputs.pixels[frame, channel, row, column]) / 255
+        value = int(inputs.medium[frame, channel, row, column]) / 255
         expected = (value - config.preprocessing.mean[channel]) / config.preprocessing.std[channel]
         top, left = row * PATCH, column * PATCH
         patch = frames[frame, channel, top : top + PATCH, left : left + PATCH]

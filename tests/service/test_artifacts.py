@@ -9,6 +9,7 @@ from adapters.artifacts import LocalArtifactStore, RemoteArtifactStore
 from adapters.errors import ArtifactUnavailable, InvalidReference
 from adapters.package import read_files
 from service.auth import LOCAL
+from service.backbones import Backbones
 from service.errors import AdapterDamaged
 from service.folders import HomeFolders, open_registry
 from service.http.errors import rule_of
@@ -31,8 +32,7 @@ def loader_of(world: World, metrics: Metrics) -> Loader:
     return Loader(
         open_registry(world.settings),
         open_artifacts(world.settings),
-        world.backbone,
-        make_bank(world.backbone),
+        Backbones.of_one(world.backbone, make_bank(world.backbone), metrics),
         metrics,
     )
 

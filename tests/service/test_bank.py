@@ -15,7 +15,8 @@ from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families.base import Site
 from adapters.package import Package
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
 from service.bank import (
     DEFAULT_BUCKETS,
     AdapterBank,
@@ -466,8 +467,8 @@ def test_numbers_that_the_serving_dtype_cannot_hold_are_refused(backbone: Backbo
 
 def test_the_default_buckets_shrink_together_with_the_memory(backbone: Backbone) -> None:
     dims = backbone.dims()
-    assert default_buckets(dims, torch.float32, free_bytes=1 << 50) == DEFAULT_BUCKETS
-    assert default_buckets(dims, torch.float32, free_bytes=0) == tuple((rank, 1) for rank, _ in DEFAULT_BUCKETS)
+    assert default_buckets(dims, torch.float32, free_bytes=1 << 50) == DEFAULT_BUCKETS["blip"]
+    assert default_buckets(dims, torch.float32, free_bytes=0) == tuple((rank, 1) for rank, _ in DEFAULT_BUCKETS["blip"])
     few = default_buckets(dims, torch.float32, free_bytes=10_000_000)
     half = default_buckets(dims, torch.bfloat16, free_bytes=10_000_000)
-    assert all(1 <= a[1] <= b[1] <= c[1] for a, b, c in zip(few, half, DEFAULT_BUCKETS, strict=True))
+    assert all(1 <= a[1] <= b[1] <= c[1] for a, b, c in zip(few, half, DEFAULT_BUCKETS["blip"], strict=True))

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from adapters.config import BASE_ADAPTER
 from adapters.package import write_package
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
+from service.backbones import Backbones
 from service.bank import AdapterBank, fold_package
 from service.engine import Engine
 from service.metrics import Metrics
@@ -112,8 +114,7 @@ class Runner:
     def run(self, jobs: list[Job], max_rows: int) -> list[StageOutput]:
         """Queue all, then step until every one has its output."""
         engine = Engine(
-            self.backbone,
-            self.bank,
+            Backbones.of_one(self.backbone, self.bank, self.metrics),
             Scheduler(BatchLimits(max_rows=max_rows, max_tokens=1 << 30)),
             self.metrics,
             measured=lambda cost, seconds: None,

@@ -101,7 +101,7 @@ def test_the_home_is_expanded_and_holds_the_backbone(monkeypatch: pytest.MonkeyP
 
 
 def test_slots_are_read_by_rising_rank() -> None:
-    assert parse_slots("128:6,64:24") == ((64, 24), (128, 6))
+    assert parse_slots("128:6,64:24") == {"blip": ((64, 24), (128, 6))}
     assert Settings.load(slots="512:2").slot_buckets() == ((512, 2),)
     assert Settings.load().slot_buckets() is None
 

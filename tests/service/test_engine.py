@@ -20,6 +20,7 @@ import torch
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound
 from service import scheduler
+from service.backbones import Backbones
 from service.bank import AdapterBank, BatchLeases
 from service.engine import Engine, engine
 from service.errors import BadQuery, DeadlineExceeded, EngineFailed, NotReady
@@ -88,8 +89,7 @@ def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
     fatal: list[BaseException] = []
     measured: list[tuple[float, float]] = []
     device = Engine(
-        world.backbone,
-        bank,
+        Backbones.of_one(world.backbone, bank, metrics),
         Scheduler(BatchLimits(max_rows=4, max_tokens=1000)),
         metrics,
         measured=lambda cost, seconds: measured.append((cost, seconds)),

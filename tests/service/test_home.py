@@ -10,7 +10,7 @@ import pytest
 from adapters.config import AnswerDecoding
 from adapters.errors import BackboneMismatch, Conflict, InvalidPackage, InvalidReference, MissingPart, RankTooLarge
 from adapters.package import read_package, write_package
-from service.backbone.base import load_backbone
+from service.backbone.folder import load_backbone
 from service.config import Settings
 from service.errors import BadQuery
 from service.folders import HomeFolders

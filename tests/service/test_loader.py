@@ -26,7 +26,8 @@ from adapters.registry import Registry, Snapshot
 from adapters.registry.registry import blank_revision
 from adapters.registry.sqlite import SqliteStore
 from service.auth import LOCAL, Principal
-from service.backbone.base import load_backbone
+from service.backbone.folder import load_backbone
+from service.backbones import Backbones
 from service.bank import AdapterBank, Buckets
 from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.folders import HomeFolders
@@ -85,7 +86,9 @@ class Bench:
         self.artifacts = Artifacts(folders.artifacts)
         self.bank: AdapterBank = make_bank(world.backbone, buckets, host_bytes)
         self.metrics = Metrics()
-        self.loader = Loader(self.registry, self.artifacts, world.backbone, self.bank, self.metrics)
+        self.loader = Loader(
+            self.registry, self.artifacts, Backbones.of_one(world.backbone, self.bank, self.metrics), self.metrics
+        )
 
     def num_loads(self) -> int:
         return sum(self.artifacts.asked.values())
@@ -405,8 +408,8 @@ def test_a_backbone_with_uneven_towers_serves_base_alone(world: World, tmp_path:
     copied = world.copy(tmp_path)
     write_tiny_backbone(tmp_path / "uneven", text_layers=1)
     bench = Bench(copied, buckets=((8, 1),), host_bytes=1 << 30)
-    bench.bank.dims = None
-    bench.loader._backbone = load_backbone(tmp_path / "uneven")
+    uneven = load_backbone(tmp_path / "uneven")
+    bench.loader._backbones = Backbones.of_one(uneven, bench.bank, bench.metrics)
 
     async def story(bench: Bench) -> None:
         with pytest.raises(MissingPart, match="__base__ only"):
@@ -478,7 +481,9 @@ def test_a_start_without_the_registry_is_told_as_such(world: World, run: Run, ca
 
     async def story(bench: Bench) -> None:
         bench.registry.is_away = True
-        late = Loader(bench.registry, bench.artifacts, world.backbone, bench.bank, Metrics())
+        late = Loader(
+            bench.registry, bench.artifacts, Backbones.of_one(world.backbone, bench.bank, Metrics()), Metrics()
+        )
         assert late.registry_error == "it is away"
         assert late._metrics.registry.get_sample_value("bank_registry_up") == 0
         caplog.clear()

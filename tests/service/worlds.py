@@ -24,10 +24,11 @@ from adapters.families import FAMILIES
 from adapters.families.base import BackboneDims
 from adapters.package import Package, write_package
 from adapters.registry import VersionRecord
-from service.backbone.base import Backbone, load_backbone, load_tokenizer, write_backbone
+from service.backbone.base import Backbone, load_tokenizer
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
 from service.backbone.convert import with_blip_tokens
+from service.backbone.folder import load_backbone, write_backbone
 from service.bank import AdapterBank, Buckets
 from service.config import Settings
 from service.demo.vocabulary import build_tokenizer

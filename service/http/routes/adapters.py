@@ -32,7 +32,7 @@ async def get_adapter(name: str, runtime: RuntimeDep, view: ViewDep) -> AdapterD
 
 def tiers(runtime: Runtime) -> Callable[[str], Tier]:
     """Where the adapter of a weights digest is at this moment."""
-    resident = runtime.bank.residency()
+    resident = runtime.backbones.residency()
 
     def tier(digest: str) -> Tier:
         if digest in resident["device"]:

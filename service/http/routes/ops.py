@@ -25,7 +25,7 @@ PAGE_HEADERS = {
 }
 
 # Of the details of health, those that tell a key nothing about adapters it may not use.
-SHARED_DETAILS = ("ready", "reasons", "last_forward_age_s", "registry_generation", "backbone", "device")
+SHARED_DETAILS = ("ready", "reasons", "last_forward_age_s", "registry_generation", "backbone", "backbones", "device")
 
 router = APIRouter()
 
@@ -51,7 +51,7 @@ async def ready(request: Request, runtime: RuntimeDep, principal: PrincipalDep, 
     shared = {name: status[name] for name in SHARED_DETAILS}
     resident = {
         tier: {digest: size for digest, size in held.items() if view.with_digest(digest)}
-        for tier, held in runtime.bank.residency().items()
+        for tier, held in runtime.backbones.residency().items()
     }
     return ReadyReply.model_validate(shared | {"resident": resident})
 

@@ -2,38 +2,15 @@
 
 from fastapi import APIRouter, Request
 
-from adapters import errors as adapter_errors
-from service import errors as service_errors
 from service.config import MIB
+from service.errors import IndexStale
 from service.http.bodies import read_retrieve
 from service.http.dependencies import ExchangeDep, RuntimeDep
-from service.http.errors import WRONG_CONTENT_TYPE, responses
+from service.http.errors import ASK_ERRORS, responses
 from service.http.openapi import request_body
 from service.http.schemas import RetrieveFields, RetrieveReply, RetrieveRequest
 
-router = APIRouter(
-    tags=["ask"],
-    responses=responses(
-        adapter_errors.InvalidReference,
-        adapter_errors.AdapterNotFound,
-        adapter_errors.MissingPart,
-        adapter_errors.BackboneMismatch,
-        service_errors.GalleryNotFound,
-        service_errors.GalleryDamaged,
-        adapter_errors.ArtifactUnavailable,
-        service_errors.IndexStale,
-        service_errors.MissingMedia,
-        service_errors.BadQuery,
-        service_errors.UnsupportedMedia,
-        service_errors.CorruptMedia,
-        service_errors.MediaTooLarge,
-        service_errors.TooLarge,
-        service_errors.Overloaded,
-        service_errors.NotReady,
-        service_errors.EngineFailed,
-        WRONG_CONTENT_TYPE,
-    ),
-)
+router = APIRouter(tags=["ask"], responses=responses(*ASK_ERRORS, IndexStale))
 
 
 @router.post("/v1/retrieve", openapi_extra=request_body(RetrieveRequest, RetrieveFields))

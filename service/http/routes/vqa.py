@@ -1,43 +1,22 @@
-"""POST /vqa: a question about a picture or a clip."""
+"""POST /vqa: a question about a picture, a clip or a sound."""
 
 from fastapi import APIRouter, Request
 
-from adapters import errors as adapter_errors
-from service import errors as service_errors
 from service.config import MIB
-from service.http.bodies import read_vqa
+from service.http.bodies import ANY_MEDIUM, read_vqa
 from service.http.dependencies import ExchangeDep, RuntimeDep
-from service.http.errors import WRONG_CONTENT_TYPE, RefusedRequest, responses
+from service.http.errors import ASK_ERRORS, RefusedRequest, responses
 from service.http.openapi import request_body
 from service.http.schemas import VqaFields, VqaReply, VqaRequest
 from service.types import RankDecode
 
-router = APIRouter(
-    tags=["ask"],
-    responses=responses(
-        adapter_errors.InvalidReference,
-        adapter_errors.AdapterNotFound,
-        adapter_errors.MissingPart,
-        adapter_errors.BackboneMismatch,
-        service_errors.GalleryNotFound,
-        service_errors.MissingMedia,
-        service_errors.BadQuery,
-        service_errors.UnsupportedMedia,
-        service_errors.CorruptMedia,
-        service_errors.MediaTooLarge,
-        service_errors.TooLarge,
-        service_errors.Overloaded,
-        service_errors.NotReady,
-        service_errors.EngineFailed,
-        WRONG_CONTENT_TYPE,
-    ),
-)
+router = APIRouter(tags=["ask"], responses=responses(*ASK_ERRORS))
 
 
-@router.post("/v1/vqa", openapi_extra=request_body(VqaRequest, VqaFields))
-@router.post("/vqa", openapi_extra=request_body(VqaRequest, VqaFields))
+@router.post("/v1/vqa", openapi_extra=request_body(VqaRequest, VqaFields, ANY_MEDIUM))
+@router.post("/vqa", openapi_extra=request_body(VqaRequest, VqaFields, ANY_MEDIUM))
 async def ask(request: Request, runtime: RuntimeDep, exchange: ExchangeDep) -> VqaReply:
-    """Answer a question about a picture or a clip, in free words or by choosing among candidates."""
+    """Answer a question about a picture, a clip or a sound, in free words or by choosing among candidates."""
     settings = runtime.settings
     with runtime.metrics.stage("receive", exchange.context):
         query = await read_vqa(request, max_bytes=settings.max_request_mib * MIB)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import BackboneNotFound, ConversionError, DigestMismatch, MissingPart
-from service.backbone.base import Backbone, load_backbone, write_backbone
+from service.backbone.base import Backbone
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
+from service.backbone.folder import load_backbone, write_backbone
 from tests.service.worlds import random_blip, write_tiny_backbone
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from service.backbone.base import Backbone, load_backbone, write_backbone
-from service.backbone.blip import Blip, Memory, TextStack, interpolate_positions
+from service.backbone.base import Backbone
+from service.backbone.blip import Blip, Memory, TextStack
 from service.backbone.convert import assemble, read_hugging_face
+from service.backbone.folder import load_backbone, write_backbone
+from service.backbone.vit import interpolate_positions
 from tests.service.backbone.library import CAPTION, IDS, IMAGE, PATCH, QA, RETRIEVAL, VOCABULARY, write_library_model
 
 LENGTHS = (9, 4, 6)

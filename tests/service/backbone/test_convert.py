@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import BackboneMismatch, ConversionError
-from service.backbone.base import Backbone, load_backbone, load_tokenizer, write_backbone
-from service.backbone.blip import interpolate_positions
+from service.backbone.base import Backbone, load_tokenizer
 from service.backbone.config import SpecialIds
 from service.backbone.convert import (
     SourceWeights,
@@ -25,6 +24,8 @@ from service.backbone.convert import (
     read_source,
     with_blip_tokens,
 )
+from service.backbone.folder import load_backbone, write_backbone
+from service.backbone.vit import interpolate_positions
 from service.demo.vocabulary import build_tokenizer
 from tests.parity.synthetic import Maker, Recipe, Sizes
 from tests.service.backbone.library import CAPTION, HEADS, IDS, LAYERS, QA, RETRIEVAL, WIDTH, write_library_model

@@ -11,7 +11,7 @@ import torch
 from adapters.package import read_package
 from adapters.probe import parse_probe
 from adapters.training.loop import Progress
-from service.backbone.base import load_backbone
+from service.backbone.folder import load_backbone
 from service.demo import build
 from service.demo.evaluate import Contender, evaluate, evaluate_task, table
 from service.demo.pretrain import PretrainOptions

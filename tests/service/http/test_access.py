@@ -29,7 +29,7 @@ from adapters.families.uniadapter import init_tensors
 from adapters.package import read_package, write_package
 from service import auth
 from service.auth import LOCAL, NOBODY, KeyEntry, Scope, digest_of, new_key
-from service.backbone.base import load_backbone
+from service.backbone.folder import load_backbone
 from service.client import Client, ServiceError
 from service.config import Settings
 from service.errors import Unauthenticated
@@ -156,6 +156,8 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
 REQUESTS: dict[str, dict[str, Any]] = {
     "POST /vqa": {"json": QUESTION | {"adapter": "team-b-own"}},
     "POST /v1/vqa": {"json": QUESTION | {"adapter": "team-b-own"}},
+    "POST /caption": {"json": {"adapter": "team-b-own", "image": QUESTION["image"]}},
+    "POST /v1/caption": {"json": {"adapter": "team-b-own", "image": QUESTION["image"]}},
     "POST /retrieve": {"json": SEARCH | {"gallery": "b-own"}},
     "POST /v1/retrieve": {"json": SEARCH | {"gallery": "b-own"}},
     "GET /v1/adapters": {},

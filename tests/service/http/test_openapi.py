@@ -40,15 +40,22 @@ def test_every_operation_is_described(document: dict[str, Any]) -> None:
 
 
 def test_unversioned_paths_are_the_versioned_ones(document: dict[str, Any]) -> None:
-    for path in ("/vqa", "/retrieve"):
+    for path in ("/vqa", "/caption", "/retrieve"):
         plain, versioned = document["paths"][path]["post"], document["paths"][f"/v1{path}"]["post"]
         assert plain | {"operationId": ""} == versioned | {"operationId": ""}
 
 
 def test_bodies_come_as_json_or_as_a_form(document: dict[str, Any]) -> None:
-    content = document["paths"]["/v1/vqa"]["post"]["requestBody"]["content"]
-    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/VqaRequest"}
-    assert content["multipart/form-data"]["schema"]["properties"].keys() == {"request", "image", "video"}
+    for path, schema, kinds in (
+        ("/v1/vqa", "VqaRequest", {"image", "video", "audio"}),
+        ("/v1/caption", "CaptionRequest", {"image", "video", "audio"}),
+        ("/v1/retrieve", "RetrieveRequest", {"image", "video"}),
+    ):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{schema}"}
+        form = content["multipart/form-data"]["schema"]
+        assert form["properties"].keys() == {"request"} | kinds
+        assert form["oneOf"] == [{"required": [kind]} for kind in ("image", "video", "audio") if kind in kinds]
 
 
 def test_described_codes_are_of_the_table(document: dict[str, Any]) -> None:

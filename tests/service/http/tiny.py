@@ -11,10 +11,11 @@ from PIL import Image
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing, Task
 from adapters.families.uniadapter import init_tensors
 from adapters.package import write_package
-from service.backbone.base import load_backbone, load_tokenizer, write_backbone
+from service.backbone.base import load_tokenizer
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
 from service.backbone.convert import with_blip_tokens
+from service.backbone.folder import load_backbone, write_backbone
 from service.config import Settings
 from service.demo.vocabulary import build_tokenizer
 from service.gallery import Source

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from service.backbone.base import Backbone, load_backbone
-from service.pipelines.stages import StageRunner
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
+from service.pipelines.stage_set import AnyStages
 from tests.service.lifecycle.packages import stages_of
 from tests.service.worlds import World
 
@@ -24,14 +25,14 @@ def folder(world: World) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stages(backbone: Backbone) -> Iterator[StageRunner]:
+def stages(backbone: Backbone) -> Iterator[AnyStages]:
     """Slots for three adapters, of rank 4 and 8."""
     with stages_of(backbone) as stages:
         yield stages
 
 
 @pytest.fixture(scope="session", params=["bfloat16", "float16"])
-def lower(request: pytest.FixtureRequest, folder: Path) -> Iterator[StageRunner]:
+def lower(request: pytest.FixtureRequest, folder: Path) -> Iterator[AnyStages]:
     """The same backbone served in a lower precision."""
     with stages_of(load_backbone(folder, dtype=request.param)) as stages:
         yield stages

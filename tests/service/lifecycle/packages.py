@@ -15,13 +15,14 @@ from adapters.families.base import HEADS
 from adapters.package import Package, package_files, parse_package
 from adapters.probe import Probe
 from service.backbone.base import Backbone
+from service.backbones import DEFAULT, Backbones
 from service.bank import Buckets
 from service.engine import Engine
 from service.lifecycle.probe import inputs_for, lodged, outputs_of
 from service.lifecycle.validate import compute_probe
 from service.media import MediaWorkers
 from service.metrics import Metrics
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import AnyStages, StageSet
 from service.scheduler import BatchLimits, Scheduler
 from tests.service.worlds import adapter_config, context, make_bank, random_tensors
 
@@ -83,12 +84,12 @@ def package_of(
     return parse_package(package_files(config, own, "# A test\n"))
 
 
-def probed(package: Package, stages: StageRunner) -> Package:
+def probed(package: Package, stages: AnyStages) -> Package:
     """The package with the probe it deserves."""
     return replace(package, probe=asyncio.run(compute_probe(package, stages)).tensors())
 
 
-def forged(package: Package, stages: StageRunner) -> Package:
+def forged(package: Package, stages: AnyStages) -> Package:
     """The package with a probe that is true and was never examined: somebody else's tool wrote it."""
 
     async def outputs() -> Probe:
@@ -106,15 +107,14 @@ def zeroed(package: Package, names: Iterable[str]) -> Package:
 
 
 @contextmanager
-def stages_of(backbone: Backbone, buckets: Buckets = ((4, 2), (8, 1))) -> Iterator[StageRunner]:
+def stages_of(backbone: Backbone, buckets: Buckets = ((4, 2), (8, 1))) -> Iterator[AnyStages]:
     """Stages over an engine of their own, for the block."""
     bank = make_bank(backbone, buckets)
     scheduler = Scheduler(BatchLimits(max_rows=64, max_tokens=10_000))
-    engine = Engine(
-        backbone, bank, scheduler, Metrics(), measured=lambda cost, seconds: None, on_fatal=lambda error: None
-    )
+    backbones = Backbones.of_one(backbone, bank, Metrics())
+    engine = Engine(backbones, scheduler, Metrics(), measured=lambda cost, seconds: None, on_fatal=lambda error: None)
     engine.start()
     try:
-        yield StageRunner(engine, backbone, MediaWorkers(1), Metrics(), feature_cache_bytes=0)
+        yield StageSet(engine, backbones, MediaWorkers(1), Metrics(), feature_cache_bytes=0).on(DEFAULT)
     finally:
         engine.stop()

@@ -12,14 +12,14 @@ from adapters.package import Package
 from service.backbone.base import Backbone
 from service.lifecycle.probe import LOWEST_PROBABILITY, Outputs, check_inputs, inputs_for, lodged, outputs_of
 from service.loader import Pin
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import AnyStages
 from service.types import BASE_INFO, RequestContext, StageOutput
 from tests.service.lifecycle.packages import KINDS, package_of, stages_of
 from tests.service.test_bank import holders
 from tests.service.worlds import context
 
 
-def outputs(name: str, backbone: Backbone, stages: StageRunner, request: RequestContext, **changes: bool) -> Outputs:
+def outputs(name: str, backbone: Backbone, stages: AnyStages, request: RequestContext, **changes: bool) -> Outputs:
     """What a kind gives, asked by a request; with other options of the pipeline than the package has, where given."""
     package = package_of(backbone, KINDS[name])
     config = package.config.model_copy(update={"options": {**package.config.options, **changes}})
@@ -41,14 +41,14 @@ def test_inputs_fit_the_backbone_they_are_drawn_for(name: str, backbone: Backbon
 
 
 @pytest.mark.parametrize("name", ["retrieval-frames", "retrieval-frames-kv-heads"])
-def test_frames_weigh_differently_in_a_probe(name: str, backbone: Backbone, stages: StageRunner) -> None:
+def test_frames_weigh_differently_in_a_probe(name: str, backbone: Backbone, stages: AnyStages) -> None:
     weighed = outputs(name, backbone, stages, context())
     unweighed = outputs(name, backbone, stages, context(), frame_aware_attention=False)
     assert torch.equal(weighed["frames"], unweighed["frames"])
     assert float((weighed["match"] - unweighed["match"]).abs().max()) > 1e-5
 
 
-def test_scores_stand_at_the_places_of_their_answers(backbone: Backbone, stages: StageRunner) -> None:
+def test_scores_stand_at_the_places_of_their_answers(backbone: Backbone, stages: AnyStages) -> None:
     """A ranking gives the likeliest first; reversed candidates give the same numbers reversed."""
     package = package_of(backbone, KINDS["vqa"])
     inputs = inputs_for(package.config, backbone)
@@ -65,7 +65,7 @@ def test_scores_stand_at_the_places_of_their_answers(backbone: Backbone, stages:
         assert len(set(forth[name].flatten().tolist())) == forth[name].numel()
 
 
-def test_an_answer_too_unlikely_for_float32_has_a_finite_logarithm(backbone: Backbone, stages: StageRunner) -> None:
+def test_an_answer_too_unlikely_for_float32_has_a_finite_logarithm(backbone: Backbone, stages: AnyStages) -> None:
     package = package_of(backbone, KINDS["vqa"])
     certain = {n: t * (1e4 if "cross_modal.bias" in n else 1.0) for n, t in package.tensors.items()}
     found = asyncio.run(_outputs(replace(package, tensors=certain), backbone, stages))
@@ -73,19 +73,19 @@ def test_an_answer_too_unlikely_for_float32_has_a_finite_logarithm(backbone: Bac
     assert float(found["first_words"].min()) >= torch.tensor(LOWEST_PROBABILITY).log().item() - 1e-3
 
 
-async def _outputs(package: Package, backbone: Backbone, stages: StageRunner) -> Outputs:
+async def _outputs(package: Package, backbone: Backbone, stages: AnyStages) -> Outputs:
     async with lodged(package, stages) as pin:
         return await outputs_of(inputs_for(package.config, backbone), package.config, pin, stages, context())
 
 
 @pytest.mark.parametrize("name", ["vqa-kv", "retrieval-frames-kv-heads"])
-def test_two_runs_alone_agree_to_the_bit(name: str, backbone: Backbone, stages: StageRunner) -> None:
+def test_two_runs_alone_agree_to_the_bit(name: str, backbone: Backbone, stages: AnyStages) -> None:
     request = context(background=True, alone=True)
     one, two = (outputs(name, backbone, stages, request) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_jobs_that_run_alone_give_what_they_give_in_company(backbone: Backbone, stages: StageRunner) -> None:
+def test_jobs_that_run_alone_give_what_they_give_in_company(backbone: Backbone, stages: AnyStages) -> None:
     alone = outputs("retrieval-frames", backbone, stages, context(alone=True))
     together = outputs("retrieval-frames", backbone, stages, context())
     for key, output in alone.items():
@@ -109,9 +109,9 @@ def test_every_job_of_a_lone_request_is_a_batch_of_its_own(backbone: Backbone) -
         assert num_batches() == 16
 
 
-def test_an_adapter_lodges_under_a_name_of_its_own_and_leaves(backbone: Backbone, stages: StageRunner) -> None:
+def test_an_adapter_lodges_under_a_name_of_its_own_and_leaves(backbone: Backbone, stages: AnyStages) -> None:
     package = package_of(backbone, KINDS["vqa"])
-    bank = stages.engine.bank
+    bank = stages.bank
 
     async def story() -> None:
         async with lodged(package, stages) as one, lodged(package, stages) as two:
@@ -126,7 +126,7 @@ def test_an_adapter_lodges_under_a_name_of_its_own_and_leaves(backbone: Backbone
     assert holders(bank) == 0
 
 
-def test_an_adapter_the_dtype_cannot_hold_does_not_lodge(backbone: Backbone, lower: StageRunner) -> None:
+def test_an_adapter_the_dtype_cannot_hold_does_not_lodge(backbone: Backbone, lower: AnyStages) -> None:
     package = package_of(backbone, KINDS["vqa"])
     huge = replace(package, tensors={name: 1e6 * tensor for name, tensor in package.tensors.items()})
 
@@ -139,4 +139,4 @@ def test_an_adapter_the_dtype_cannot_hold_does_not_lodge(backbone: Backbone, low
     else:
         with pytest.raises(NonFiniteTensor, match="float16"):
             asyncio.run(story())
-    assert holders(lower.engine.bank) == 0
+    assert holders(lower.bank) == 0

@@ -27,7 +27,8 @@ from adapters.families.base import HEADS
 from adapters.families.uniadapter import init_tensors
 from adapters.package import Package, package_files, parse_package, read_package
 from adapters.probe import parse_probe
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
 from service.bank import AdapterBank, fold_package
 from service.errors import DeadlineExceeded
 from service.home import push_package
@@ -42,7 +43,7 @@ from service.lifecycle.validate import (
     validate,
 )
 from service.lifecycle.writing import write_probed_package
-from service.pipelines.stages import StageRunner
+from service.pipelines.stage_set import AnyStages
 from service.types import GenerateDecode, MediaBytes, RankDecode, VqaQuery
 from tests.service.lifecycle.packages import KINDS, Kind, forged, package_of, probed, stages_of, zeroed
 from tests.service.test_bank import holders, slot_leases
@@ -61,9 +62,9 @@ def residency(bank: AdapterBank) -> dict[str, set[str]]:
     return {tier: set(digests) for tier, digests in bank.residency().items()}
 
 
-def assert_clean(stages: StageRunner) -> None:
+def assert_clean(stages: AnyStages) -> None:
     """Nothing of a validation is left, anywhere."""
-    bank = stages.engine.bank
+    bank = stages.bank
     assert not [digest for tier in residency(bank).values() for digest in tier if not digest.startswith("sha256:")]
     assert holders(bank) == slot_leases(bank) == 0
     assert bank._host_used == sum(bank.residency()["host"].values())
@@ -74,7 +75,7 @@ def assert_clean(stages: StageRunner) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_adapter_passes_with_the_probe_it_was_written_with(
-    name: str, backbone: Backbone, stages: StageRunner
+    name: str, backbone: Backbone, stages: AnyStages
 ) -> None:
     package = probed(package_of(backbone, KINDS[name]), stages)
     report = run(validate(package, stages))
@@ -87,7 +88,7 @@ def test_every_kind_of_adapter_passes_with_the_probe_it_was_written_with(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_adapter_passes_in_a_lower_precision(
-    name: str, backbone: Backbone, stages: StageRunner, lower: StageRunner
+    name: str, backbone: Backbone, stages: AnyStages, lower: AnyStages
 ) -> None:
     report = run(validate(probed(package_of(backbone, KINDS[name]), stages), lower))
     assert max(report.errors.values()) > 1e-5
@@ -95,7 +96,7 @@ def test_every_kind_of_adapter_passes_in_a_lower_precision(
 
 
 def test_a_part_that_only_float32_can_see_is_no_failure_in_a_lower_precision(
-    backbone: Backbone, stages: StageRunner, lower: StageRunner
+    backbone: Backbone, stages: AnyStages, lower: AnyStages
 ) -> None:
     """At the start of training the visual branch moves an answer's score by a few millionths."""
     kind = KINDS["vqa"]
@@ -107,7 +108,7 @@ def test_a_part_that_only_float32_can_see_is_no_failure_in_a_lower_precision(
         assert report.changes["visual"] == 0
 
 
-def test_a_head_may_equal_the_backbones(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_head_may_equal_the_backbones(backbone: Backbone, stages: AnyStages) -> None:
     kind = KINDS["retrieval-frames-kv-heads"]
     package = package_of(backbone, kind)
     heads = {name: head.clone() for name, head in backbone.head_tensors().items()}
@@ -115,13 +116,13 @@ def test_a_head_may_equal_the_backbones(backbone: Backbone, stages: StageRunner)
     assert set(HEADS) <= set(run(validate(same, stages)).changes)
 
 
-def test_stored_precision_does_not_matter(backbone: Backbone, stages: StageRunner) -> None:
+def test_stored_precision_does_not_matter(backbone: Backbone, stages: AnyStages) -> None:
     half = {name: tensor.half() for name, tensor in package_of(backbone, KINDS["vqa-kv"]).tensors.items()}
     package = probed(package_of(backbone, KINDS["vqa-kv"], tensors=half), stages)
     assert max(run(validate(package, stages)).errors.values()) < 1e-6
 
 
-def test_an_adapter_for_pictures_alone_has_a_probe_of_one_frame(backbone: Backbone, stages: StageRunner) -> None:
+def test_an_adapter_for_pictures_alone_has_a_probe_of_one_frame(backbone: Backbone, stages: AnyStages) -> None:
     config = KINDS["vqa"].config(backbone)
     config = config.model_copy(update={"preprocessing": config.preprocessing.model_copy(update={"num_frames": 1})})
     package = parse_package(package_files(config, package_of(backbone, KINDS["vqa"]).tensors, ""))
@@ -138,7 +139,7 @@ def without(backbone: Backbone, name: str, part: str) -> Package:
 
 
 @pytest.mark.parametrize("name, part", PARTS)
-def test_a_dead_part_is_named(name: str, part: str, backbone: Backbone, stages: StageRunner) -> None:
+def test_a_dead_part_is_named(name: str, part: str, backbone: Backbone, stages: AnyStages) -> None:
     """Whether the probe is being written, or was written by somebody who did not look."""
     package = without(backbone, name, part)
     with pytest.raises(ProbeFailed, match=rf"change nothing: .*\b{part} \(0\)|does what the backbone does") as refused:
@@ -151,7 +152,7 @@ def test_a_dead_part_is_named(name: str, part: str, backbone: Backbone, stages: 
 
 @pytest.mark.parametrize("part", ["visual", "decoder.video_key_adapter", "multimodal"])
 def test_a_dead_part_is_named_in_a_lower_precision(
-    part: str, backbone: Backbone, stages: StageRunner, lower: StageRunner
+    part: str, backbone: Backbone, stages: AnyStages, lower: AnyStages
 ) -> None:
     package = without(backbone, "vqa-kv", part)
     with pytest.raises(ProbeFailed, match=rf"change nothing: .*\b{part} \(0\)"):
@@ -160,7 +161,7 @@ def test_a_dead_part_is_named_in_a_lower_precision(
 
 
 @pytest.mark.parametrize("name", ["vqa", "retrieval-frames"])
-def test_an_adapter_that_adds_nothing_equals_the_backbone(name: str, backbone: Backbone, stages: StageRunner) -> None:
+def test_an_adapter_that_adds_nothing_equals_the_backbone(name: str, backbone: Backbone, stages: AnyStages) -> None:
     package = package_of(backbone, KINDS[name])
     package = zeroed(package, package.tensors)
     with pytest.raises(ProbeFailed, match="does what the backbone does without it"):
@@ -170,7 +171,7 @@ def test_an_adapter_that_adds_nothing_equals_the_backbone(name: str, backbone: B
 
 
 def test_a_retrieval_adapter_that_was_never_trained_is_told_from_a_trained_one(
-    backbone: Backbone, stages: StageRunner
+    backbone: Backbone, stages: AnyStages
 ) -> None:
     """Its text up-projections start at zero; the cross-modal norm makes it differ from the backbone all the same."""
     kind = KINDS["retrieval"]
@@ -179,14 +180,14 @@ def test_a_retrieval_adapter_that_was_never_trained_is_told_from_a_trained_one(
         run(compute_probe(package_of(backbone, kind, tensors=fresh), stages))
 
 
-def test_a_part_that_its_own_options_cut_off_is_dead(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_part_that_its_own_options_cut_off_is_dead(backbone: Backbone, stages: AnyStages) -> None:
     """No text is read without a picture in vqa: without the query residual the text branch has nowhere to act."""
     cut_off = Kind(options={"multimodal": False, "query_residual": False})
     with pytest.raises(ProbeFailed, match=r"change nothing: textual \(0\)\. "):
         run(compute_probe(package_of(backbone, cut_off), stages))
 
 
-def test_a_head_that_the_task_never_runs_is_dead(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_head_that_the_task_never_runs_is_dead(backbone: Backbone, stages: AnyStages) -> None:
     with pytest.raises(ProbeFailed, match=r"change nothing: itm_head \(0\)\. "):
         run(compute_probe(package_of(backbone, Kind(heads=("itm_head",))), stages))
 
@@ -196,7 +197,7 @@ def test_a_head_that_the_task_never_runs_is_dead(backbone: Backbone, stages: Sta
 
 @pytest.mark.parametrize("name", ["vqa-kv", "retrieval-frames-kv-heads"])
 def test_weights_that_changed_after_the_probe_was_written_fail(
-    name: str, backbone: Backbone, stages: StageRunner
+    name: str, backbone: Backbone, stages: AnyStages
 ) -> None:
     package = probed(package_of(backbone, KINDS[name]), stages)
     other = {**package.tensors, "adapters.1.up_proj.weight": -package.tensors["adapters.1.up_proj.weight"]}
@@ -207,7 +208,7 @@ def test_weights_that_changed_after_the_probe_was_written_fail(
 
 
 def test_the_probe_of_another_adapter_fails_in_every_precision(
-    backbone: Backbone, stages: StageRunner, lower: StageRunner
+    backbone: Backbone, stages: AnyStages, lower: AnyStages
 ) -> None:
     mine, yours = (package_of(backbone, KINDS["retrieval-kv"], seed=seed) for seed in (1, 2))
     package = replace(mine, probe=probed(yours, stages).probe)
@@ -216,7 +217,7 @@ def test_the_probe_of_another_adapter_fails_in_every_precision(
             run(validate(package, each))
 
 
-def test_frame_weights_are_part_of_what_is_checked(backbone: Backbone, stages: StageRunner) -> None:
+def test_frame_weights_are_part_of_what_is_checked(backbone: Backbone, stages: AnyStages) -> None:
     weighed = probed(package_of(backbone, KINDS["retrieval-frames-kv-heads"]), stages)
     unweighed = weighed.config.model_copy(
         update={"options": {**weighed.config.options, "frame_aware_attention": False}}
@@ -225,7 +226,7 @@ def test_frame_weights_are_part_of_what_is_checked(backbone: Backbone, stages: S
         run(validate(replace(weighed, config=unweighed), stages))
 
 
-def test_the_backbone_in_the_adapters_place_fails(backbone: Backbone, stages: StageRunner) -> None:
+def test_the_backbone_in_the_adapters_place_fails(backbone: Backbone, stages: AnyStages) -> None:
     """A server that forgot the adapter: the probe is the backbone's, the weights are not."""
     package = package_of(backbone, KINDS["vqa"])
     nothing = forged(zeroed(package, package.tensors), stages)
@@ -233,7 +234,7 @@ def test_the_backbone_in_the_adapters_place_fails(backbone: Backbone, stages: St
         run(validate(replace(package, probe=nothing.probe), stages))
 
 
-def test_a_package_without_a_probe_fails(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_package_without_a_probe_fails(backbone: Backbone, stages: AnyStages) -> None:
     with pytest.raises(ProbeFailed, match="carries no probe; `adapter-bank probe` computes one"):
         run(validate(package_of(backbone, KINDS["vqa"]), stages))
 
@@ -259,7 +260,7 @@ Change = Callable[[dict[str, Tensor]], object]
     ],
 )
 def test_what_could_not_be_run_is_refused_before_it_runs(
-    error: type[InvalidPackage], change: Change, message: str, backbone: Backbone, stages: StageRunner
+    error: type[InvalidPackage], change: Change, message: str, backbone: Backbone, stages: AnyStages
 ) -> None:
     probe = {
         name: tensor.clone()
@@ -272,7 +273,7 @@ def test_what_could_not_be_run_is_refused_before_it_runs(
     assert stages.engine.last_forward_at == last
 
 
-def test_expected_features_of_another_size_are_told(backbone: Backbone, stages: StageRunner) -> None:
+def test_expected_features_of_another_size_are_told(backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["retrieval"]), stages)
     assert package.probe is not None
     narrow = {n: t[:, :5] if n in ("expected.frames", "expected.texts") else t for n, t in package.probe.items()}
@@ -281,7 +282,7 @@ def test_expected_features_of_another_size_are_told(backbone: Backbone, stages: 
 
 
 def test_what_cannot_be_served_is_refused_as_the_loader_refuses_it(
-    backbone: Backbone, stages: StageRunner, tmp_path: Path
+    backbone: Backbone, stages: AnyStages, tmp_path: Path
 ) -> None:
     package = probed(package_of(backbone, KINDS["vqa"]), stages)
     with stages_of(backbone, ((2, 1),)) as narrow:
@@ -311,12 +312,12 @@ def test_retrieval_without_projections_is_refused(tmp_path: Path) -> None:
         run(compute_probe(whole, stages))
 
 
-def test_probes_are_computed_in_float32_alone(backbone: Backbone, lower: StageRunner) -> None:
+def test_probes_are_computed_in_float32_alone(backbone: Backbone, lower: AnyStages) -> None:
     with pytest.raises(ProbeFailed, match=r"a probe is computed in float32, not in b?float16"):
         run(compute_probe(package_of(backbone, KINDS["vqa"]), lower))
 
 
-def test_numbers_that_run_away_are_told(backbone: Backbone, stages: StageRunner) -> None:
+def test_numbers_that_run_away_are_told(backbone: Backbone, stages: AnyStages) -> None:
     package = package_of(backbone, KINDS["vqa"])
     huge = {name: tensor * (1e38 if "cross_modal" in name else 1.0) for name, tensor in package.tensors.items()}
     with pytest.raises(ProbeFailed, match="come out as NaN or infinite"):
@@ -345,10 +346,10 @@ def resident(backbone: Backbone, bank: AdapterBank, *seeds: int) -> list[str]:
     return digests
 
 
-def test_one_slot_is_enough_and_whoever_had_it_is_served_again(backbone: Backbone, stages: StageRunner) -> None:
+def test_one_slot_is_enough_and_whoever_had_it_is_served_again(backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["vqa-kv"]), stages)
     with stages_of(backbone, ((4, 1),)) as tight:
-        bank = tight.engine.bank
+        bank = tight.bank
         (digest,) = resident(backbone, bank, 5)
         bank.lease(digest).release()
         run(validate(package, tight))
@@ -358,20 +359,20 @@ def test_one_slot_is_enough_and_whoever_had_it_is_served_again(backbone: Backbon
         assert residency(bank)["device"] == {digest}
 
 
-def test_empty_slots_are_used_before_anybodys(backbone: Backbone, stages: StageRunner) -> None:
+def test_empty_slots_are_used_before_anybodys(backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["vqa-kv"]), stages)
     with stages_of(backbone, ((4, 2),)) as roomy:
-        (digest,) = resident(backbone, roomy.engine.bank, 5)
-        roomy.engine.bank.lease(digest).release()
+        (digest,) = resident(backbone, roomy.bank, 5)
+        roomy.bank.lease(digest).release()
         run(validate(package, roomy))
-        assert residency(roomy.engine.bank) == {"device": {digest}, "host": {digest}}
+        assert residency(roomy.bank) == {"device": {digest}, "host": {digest}}
 
 
-def test_a_slot_in_use_is_waited_for_and_never_taken(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_slot_in_use_is_waited_for_and_never_taken(backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["vqa"]), stages)
 
-    async def story(tight: StageRunner) -> None:
-        bank = tight.engine.bank
+    async def story(tight: AnyStages) -> None:
+        bank = tight.bank
         (digest,) = resident(backbone, bank, 5)
         assert bank.hold(digest)
         lease = bank.lease(digest)
@@ -390,7 +391,7 @@ def test_a_slot_in_use_is_waited_for_and_never_taken(backbone: Backbone, stages:
         assert_clean(tight)
 
 
-def test_a_validation_that_takes_too_long_ends_and_leaves_nothing(backbone: Backbone, stages: StageRunner) -> None:
+def test_a_validation_that_takes_too_long_ends_and_leaves_nothing(backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["vqa"]), stages)
     with pytest.raises(DeadlineExceeded):
         run(validate(package, stages, timeout_s=0.0))
@@ -398,7 +399,7 @@ def test_a_validation_that_takes_too_long_ends_and_leaves_nothing(backbone: Back
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01, 0.03])
-def test_a_validation_that_is_cancelled_leaves_nothing(after_s: float, backbone: Backbone, stages: StageRunner) -> None:
+def test_a_validation_that_is_cancelled_leaves_nothing(after_s: float, backbone: Backbone, stages: AnyStages) -> None:
     package = probed(package_of(backbone, KINDS["retrieval-frames-kv-heads"]), stages)
 
     async def story() -> None:
@@ -409,12 +410,12 @@ def test_a_validation_that_is_cancelled_leaves_nothing(after_s: float, backbone:
         assert isinstance(outcome, (asyncio.CancelledError, ProbeReport))
 
     asyncio.run(story())
-    while slot_leases(stages.engine.bank):  # of the batch that was running
+    while slot_leases(stages.bank):  # of the batch that was running
         time.sleep(0.001)
     assert_clean(stages)
 
 
-def test_several_validations_at_once_do_not_meet(backbone: Backbone, stages: StageRunner) -> None:
+def test_several_validations_at_once_do_not_meet(backbone: Backbone, stages: AnyStages) -> None:
     packages = [probed(package_of(backbone, kind), stages) for kind in KINDS.values()]
 
     async def story() -> list[ProbeReport]:
@@ -426,7 +427,7 @@ def test_several_validations_at_once_do_not_meet(backbone: Backbone, stages: Sta
 
 
 def test_answers_given_meanwhile_are_those_given_before(
-    world: World, backbone: Backbone, stages: StageRunner, tmp_path: Path
+    world: World, backbone: Backbone, stages: AnyStages, tmp_path: Path
 ) -> None:
     """Few slots, so that validations and requests take them from each other all the time."""
     packages = [probed(package_of(backbone, KINDS[name], seed=9), stages) for name in ("vqa-kv", "retrieval-frames")]
@@ -443,7 +444,7 @@ def test_answers_given_meanwhile_are_those_given_before(
         return [(answer.answer, answer.score) for answer in await asyncio.gather(*found)]
 
     async def both(service: Service) -> tuple[list[list[tuple[str, float]]], list[ProbeReport]]:
-        tasks = [asyncio.create_task(validate(package, service.runtime.stages)) for package in packages * 2]
+        tasks = [asyncio.create_task(validate(package, service.runtime.stages.on(""))) for package in packages * 2]
         rounds = []
         while not all(task.done() for task in tasks):
             rounds.append(await answers(service))
@@ -458,11 +459,11 @@ def test_answers_given_meanwhile_are_those_given_before(
             torch.testing.assert_close(
                 torch.tensor([score for _, score in each]), torch.tensor([s for _, s in before]), rtol=1e-5, atol=1e-5
             )
-        assert_clean(service.runtime.stages)
+        assert_clean(service.runtime.stages.on(""))
 
 
 def test_a_probe_says_what_a_request_is_answered(
-    world: World, backbone: Backbone, stages: StageRunner, tmp_path: Path
+    world: World, backbone: Backbone, stages: AnyStages, tmp_path: Path
 ) -> None:
     """Its clip as a picture, its words as text: the ranked answers of the running service have the expected scores."""
     config = KINDS["vqa"].config(backbone)
@@ -471,7 +472,7 @@ def test_a_probe_says_what_a_request_is_answered(
     tensors = package_of(backbone, KINDS["vqa"]).tensors
     write_probed_package(tmp_path / "package", config, tensors, "# A test\n", backbone)
     probe = parse_probe(read_package(tmp_path / "package").probe or {}, config)
-    squares = probe.inputs.pixels[0].repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    squares = probe.inputs.medium[0].repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
     file = BytesIO()
     Image.fromarray(squares.permute(1, 2, 0).numpy()).save(file, "PNG")
     candidates = tuple(backbone.detokenize(ids) for ids in probe.inputs.answers())

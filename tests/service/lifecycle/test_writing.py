@@ -8,7 +8,8 @@ import pytest
 from adapters.errors import Conflict, InvalidPackage, MissingPart, ProbeFailed
 from adapters.package import PROBE_FILE, Package, read_files, read_package, write_package
 from adapters.probe import parse_probe
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
 from service.lifecycle.writing import renew_probe, write_probed_package
 from tests.service.lifecycle.packages import KINDS, package_of, zeroed
 from tests.service.worlds import write_tiny_backbone

@@ -220,13 +220,13 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(
     service.call(stopped())
     assert holders(service.runtime.bank) == 0
     seen: list[str] = []
-    see = service.runtime.stages.see
+    see = service.runtime.stages.on("").see
 
     async def counted(medium: Any, pin: Any, request: Any) -> Any:
         seen.append(medium.source.name)
         return await see(medium, pin, request)
 
-    monkeypatch.setattr(service.runtime.stages, "see", counted)
+    monkeypatch.setattr(service.runtime.stages.on(""), "see", counted)
     record = build(service, "resumed", sources)
     assert record.version == 1
     assert 0 < len(seen) <= 12 - 5
@@ -238,7 +238,7 @@ def test_an_error_that_says_nothing_about_the_item_stops_the_build_and_leaves_no
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     sources = picture_sources(tmp_path, 5)
-    see, num_seen = service.runtime.stages.see, 0
+    see, num_seen = service.runtime.stages.on("").see, 0
 
     async def failing(*arguments: Any) -> Any:
         nonlocal num_seen
@@ -249,7 +249,7 @@ def test_an_error_that_says_nothing_about_the_item_stops_the_build_and_leaves_no
 
     name = f"stopped-{type(error).__name__.lower()}"
     with monkeypatch.context() as patch:
-        patch.setattr(service.runtime.stages, "see", failing)
+        patch.setattr(service.runtime.stages.on(""), "see", failing)
         with pytest.raises(type(error)):
             build(service, name, sources)
     build(service, name, sources)
@@ -259,14 +259,14 @@ def test_an_error_that_says_nothing_about_the_item_stops_the_build_and_leaves_no
 
 
 def test_a_full_media_queue_is_waited_for(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    see, refusals = service.runtime.stages.see, iter(range(4))
+    see, refusals = service.runtime.stages.on("").see, iter(range(4))
 
     async def busy(*arguments: Any) -> Any:
         if next(refusals, None) is not None:
             raise Overloaded("too many wait", retry_after_s=0.0)
         return await see(*arguments)
 
-    monkeypatch.setattr(service.runtime.stages, "see", busy)
+    monkeypatch.setattr(service.runtime.stages.on(""), "see", busy)
     build(service, "patient", picture_sources(tmp_path, 3))
     gallery = opened(service, "patient")
     assert (len(gallery), gallery.quarantined()) == (3, ())

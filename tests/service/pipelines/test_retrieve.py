@@ -86,7 +86,7 @@ def match_logit(service: Service, adapter: str, text: str, medium: Medium, *, we
     async def story() -> float:
         runtime, model = service.runtime, service.runtime.backbone.model
         async with runtime.loader.pin(adapter, LOCAL) as pin:
-            seen = await runtime.stages.see(medium, pin, context())
+            seen = await runtime.stages.blip(pin).see(medium, pin, context())
             states, frames = seen.output.states, seen.output.frames
             assert frames is not None
             with batch_leases(runtime.bank) as leases, torch.inference_mode():

@@ -10,14 +10,12 @@ import torch
 from service.auth import LOCAL
 from service.errors import BadQuery, DeadlineExceeded, Overloaded
 from service.loader import Pin
+from service.pipelines.blip import Seen, preprocessing_of, text_limit
 from service.pipelines.stages import (
     MAX_TEXT_CHARS,
     FeatureCache,
     Medium,
-    Seen,
     gather_or_cancel,
-    preprocessing_of,
-    text_limit,
     tokenize_within,
     within_deadline,
 )
@@ -135,7 +133,7 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
 
 
 def test_states_are_cached_by_medium_and_adapter_where_the_bytes_are_known(service: Service) -> None:
-    stages = service.runtime.stages
+    stages = service.runtime.stages.on("")
 
     async def story() -> None:
         async with (
@@ -156,7 +154,7 @@ def test_states_are_cached_by_medium_and_adapter_where_the_bytes_are_known(servi
 
 def test_a_picture_has_one_frame_and_no_times(service: Service) -> None:
     base = Pin(BASE_INFO, "__base__", None)
-    picture_seen = service.call(service.runtime.stages.see(Medium("image", picture(1)), base, context()))
+    picture_seen = service.call(service.runtime.stages.on("").see(Medium("image", picture(1)), base, context()))
     assert picture_seen.times_s == (0.0,)
     assert picture_seen.duration_s is None
     assert picture_seen.output.states.shape == (1, 5, 16)
@@ -171,7 +169,7 @@ def test_who_was_admitted_waits_for_a_worker_and_is_not_refused(service: Service
     async def crowd() -> int:
         async with runtime.loader.pin("find", LOCAL) as pin:
             media = [Medium("image", picture(number % 3)) for number in range(400)]
-            return len(await gather_or_cancel([runtime.stages.see(medium, pin, context()) for medium in media]))
+            return len(await gather_or_cancel([runtime.stages.on("").see(medium, pin, context()) for medium in media]))
 
     assert service.call(crowd()) == 400
 
@@ -179,7 +177,7 @@ def test_who_was_admitted_waits_for_a_worker_and_is_not_refused(service: Service
 def test_the_time_of_each_stage_is_told(service: Service) -> None:
     request = context()
     base = Pin(BASE_INFO, "__base__", None)
-    service.call(service.runtime.stages.see(Medium("image", picture(1)), base, request))
+    service.call(service.runtime.stages.on("").see(Medium("image", picture(1)), base, request))
     assert set(request.stage_ms) == {"decode", "vision"}
 
 

@@ -10,7 +10,7 @@ import torch
 from adapters.config import BASE_ADAPTER, AnswerDecoding
 from adapters.errors import AdapterNotFound
 from service.auth import LOCAL
-from service.backbone.decoding import beam_search, rank_answers
+from service.backbone.blip_answers import beam_search, rank_answers
 from service.bank import batch_leases
 from service.errors import (
     BadQuery,
@@ -81,7 +81,7 @@ def test_generated_answers_equal_the_model_run_by_hand(service: Service, adapter
 async def _memory(service: Service, pin: Pin, medium: Medium) -> tuple[Any, Any, Any]:
     """What the decoder reads, built without the engine."""
     runtime = service.runtime
-    seen = await runtime.stages.see(medium, pin, context())
+    seen = await runtime.stages.blip(pin).see(medium, pin, context())
     model = runtime.backbone.model
     ids = torch.tensor([runtime.backbone.tokenize(QUESTION).ids])
     states = seen.output.states.flatten(0, 1)[None]
@@ -144,10 +144,10 @@ def test_answers_that_a_package_brings_as_token_ids_are_ranked_and_spelt_out(
 ) -> None:
     ids = tuple(service.runtime.backbone.tokenize_answers(ANSWERS))
     by_ids = AnswerDecoding(answer_ids=ids, rank_k=3)
-    from service.pipelines import vqa
+    from service.pipelines import answering
 
     expected = answer(service, asked(decode=RankDecode()))
-    monkeypatch.setattr(vqa, "_decoding", lambda config: by_ids)
+    monkeypatch.setattr(answering, "_decoding", lambda config: by_ids)
     assert answer(service, asked(decode=RankDecode())) == expected
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from service.backbone.base import Backbone, load_backbone, load_tokenizer, write_backbone
+from service.backbone.base import Backbone, load_tokenizer
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
 from service.backbone.convert import with_blip_tokens
+from service.backbone.folder import load_backbone, write_backbone
 from service.demo.vocabulary import build_tokenizer
 from service.media import MediaWorkers
 from tests.service.media.clips import make_clip

@@ -15,7 +15,8 @@ from adapters.families.uniadapter import UniAdapterOptions
 from adapters.package import Package, check_backbone, read_package
 from adapters.probe import parse_probe
 from adapters.training.adapter import AnswerTraining, RetrievalTraining
-from service.backbone.base import Backbone, load_backbone
+from service.backbone.base import Backbone
+from service.backbone.folder import load_backbone
 from service.config import InvalidSettings
 from service.errors import BadMedia
 from service.train import TrainOptions, train

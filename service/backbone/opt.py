@@ -1,0 +1,372 @@
+"""The frozen forward of an OPT with perceptual encoders: soft prompts before the text, and one extra token in the layers.
+
+A batch's columns are [extra token | soft prompt | text]. The extra token enters a row at the first layer of the row's
+schedule: at the input of each layer that a feature enters, it *is* that feature; at later layers it goes on with what it
+became. It sees all of its row, later text included, and all see it. Prompt and text are causal. Neither the extra token
+nor the prompt has a position; text positions count from the text's own start. Padding is masked everywhere.
+Source: eP-ALM (Shukor et al., 2023), the authors' `models/opt.py` at batch size 1; OPT (Zhang et al., 2022).
+
+Shapes: B rows, P prompt tokens, L text tokens, K columns, D width, E word width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Schedule
+from service.backbone.config import LanguageModelConfig, OptConfig
+from service.backbone.encoders import Encoder, make_encoder
+from service.backbone.vit import SelfAttention
+
+FIRST_POSITION = 2  # of OPT's position table, whose first two rows are for padding
+EXTRA = 0  # the column of the extra token
+
+
+class OptLayer(nn.Module):
+    """Pre-norm or post-norm transformer layer with ReLU."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.is_pre_norm = config.pre_norm
+        self.attn = SelfAttention(config.width, config.heads)
+        self.attn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, L, d] of x [B, L, D]."""
+        return self.attn.split(self.attn_norm(x) if self.is_pre_norm else x)
+
+    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer's output [B, L, D] for the positions of x and q, which attend over k and v."""
+        x = x + self.attn.attend(q, k, v, mask)
+        if not self.is_pre_norm:
+            x = self.attn_norm(x)
+        x = x + self.fc2(functional.relu(self.fc1(self.mlp_norm(x) if self.is_pre_norm else x)))
+        return x if self.is_pre_norm else self.mlp_norm(x)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.finish(x, *self.project(x), mask)
+
+
+@dataclass(frozen=True)
+class ExtraToken:
+    """The extra token of a batch's rows, layer by layer.
+
+    values   [B, N, D] what may enter
+    feature  [layers, B] which of them enters, or NOTHING
+    there    [layers, B] whether the token is there: from the first layer on that one enters
+    tails    the first layer of each row from where on its token goes on by itself; the number of layers if none
+    """
+
+    values: Tensor
+    feature: Tensor
+    there: Tensor
+    tails: tuple[int, ...]
+
+    @classmethod
+    def of(cls, injection: Injection, num_layers: int) -> Self:
+        """From what an adaptation injects."""
+        absent = Schedule(0, (NOTHING,) * num_layers)
+        schedules = [schedule or absent for schedule in injection.schedules]
+        device = injection.values.device
+        feature = torch.tensor([schedule.layers for schedule in schedules], device=device).t()
+        first = torch.tensor([schedule.first for schedule in schedules], device=device)
+        there = torch.arange(num_layers, device=device)[:, None] >= first
+        return cls(injection.values, feature, there, tuple(schedule.tail for schedule in schedules))
+
+    @property
+    def tail(self) -> int | None:
+        """The first layer from where on some row's token goes on by itself; None: no row's ever does."""
+        tail = min(self.tails)
+        return None if tail == len(self.feature) else tail
+
+    def enter(self, layer: int, token: Tensor) -> Tensor:
+        """The token [B, D] as it enters a layer: what is injected, where something is, else as it is."""
+        feature = self.feature[layer]
+        rows = torch.arange(len(feature), device=feature.device)
+        entering = self.values[rows, feature.clamp(min=0)].to(token.dtype)
+        return torch.where((feature != NOTHING)[:, None], entering, token)
+
+    def select(self, rows: Tensor) -> Self:
+        """The tokens of these rows, in this order."""
+        tails = tuple(self.tails[row] for row in rows.tolist())
+        return replace(
+            self, values=self.values[rows], feature=self.feature[:, rows], there=self.there[:, rows], tails=tails
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a batch hold.
+
+    seen   [B, K] True where a column holds a token of its row; column 0 belongs to the extra token and is False
+    extra  the extra tokens; None: no row has one
+    """
+
+    seen: Tensor
+    extra: ExtraToken | None
+
+    def enter(self, layer: int, x: Tensor) -> Tensor:
+        """x [B, K, D] with the extra tokens as they enter a layer."""
+        if self.extra is None:
+            return x
+        return torch.cat([self.extra.enter(layer, x[:, EXTRA])[:, None], x[:, 1:]], dim=1)
+
+    def keys_mask(self, layer: int, end: int | None = None) -> Tensor:
+        """[B, K] True where a column may be looked at in a layer, of the first `end` columns."""
+        if self.extra is None:
+            return self.seen[:, :end]
+        return torch.cat([self.extra.there[layer][:, None], self.seen[:, 1:end]], dim=1)
+
+    def mask(self, layer: int, end: int | None = None) -> Tensor:
+        """[B, 1, K, K] of a whole forward: prompt and text look back, the extra token at everything, all at themselves."""
+        keys = self.keys_mask(layer, end)
+        size = keys.shape[1]
+        causal = torch.ones(size, size, dtype=torch.bool, device=keys.device).tril()
+        causal[EXTRA] = True
+        itself = torch.eye(size, dtype=torch.bool, device=keys.device)  # so that no row of padding sees nothing
+        return ((causal & keys[:, None]) | itself)[:, None]
+
+    def select(self, rows: Tensor) -> Self:
+        """The columns of these rows, in this order."""
+        return replace(self, seen=self.seen[rows], extra=None if self.extra is None else self.extra.select(rows))
+
+
+class LanguageModel(nn.Module):
+    """OPT's decoder with its word head, tied to the word embeddings."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, config.word_width)
+        self.positions = nn.Embedding(config.max_positions + FIRST_POSITION, config.width)
+        self.project_in = self.project_out = None
+        if config.has_word_projection:
+            self.project_in = nn.Linear(config.word_width, config.width, bias=False)
+            self.project_out = nn.Linear(config.width, config.word_width, bias=False)
+        self.layers = nn.ModuleList(OptLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else None
+
+    def widen(self, words: Tensor) -> Tensor:
+        """Word embeddings or soft prompts [B, L, E] in the model's own width [B, L, D]."""
+        return words if self.project_in is None else self.project_in(words)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """[B, L, D] of ids [B, L] at positions [B, L] that count from each text's start."""
+        return self.widen(self.words(ids)) + self.positions(positions + FIRST_POSITION)  # type: ignore[no-any-return]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Word logits [..., V] of hidden states [..., D]."""
+        if self.norm is not None:
+            h = self.norm(h)
+        if self.project_out is not None:
+            h = self.project_out(h)
+        return functional.linear(h, self.words.weight)
+
+    def arrange(
+        self, ids: Tensor, mask: Tensor, prompt: Prompt | None, injection: Injection | None
+    ) -> tuple[Tensor, Columns]:
+        """What enters the first layer, [B, 1 + P + L, D], of texts ids [B, L] with mask [B, L] (True: a token).
+
+        Texts are padded on the right.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        x, seen = self.embed(ids, positions), mask
+        if prompt is not None:
+            lengths = torch.tensor(prompt.lengths, device=ids.device)
+            present = torch.arange(prompt.embeddings.shape[1], device=ids.device)[None] < lengths[:, None]
+            x = torch.cat([self.widen(prompt.embeddings.to(x.dtype)), x], dim=1)
+            seen = torch.cat([present, seen], dim=1)
+        x = functional.pad(x, (0, 0, 1, 0))  # the extra token, nothing before its first layer
+        extra = None if injection is None else ExtraToken.of(injection, self.config.layers)
+        return x, Columns(functional.pad(seen, (1, 0), value=False), extra)
+
+    def run(self, x: Tensor, columns: Columns, first: int = 0) -> Tensor:
+        """Hidden states [B, K, D] behind the layers from `first` on, of x [B, K, D], the first columns of a batch."""
+        for index in range(first, len(self.layers)):
+            x = self.layers[index](columns.enter(index, x), columns.mask(index, x.shape[1]))
+        return x
+
+    def layer(self, index: int) -> OptLayer:
+        """One of the layers."""
+        layer = self.layers[index]
+        assert isinstance(layer, OptLayer)
+        return layer
+
+
+class Decoding:
+    """Texts that grow by a token at a time, with what does not change kept.
+
+    Where a row's extra token goes on by itself it changes with every new token, as it sees them all: from the first such
+    layer on, the *tail*, it is computed anew each step. Keys and values of prompt and text are kept up to and including
+    that layer, since what enters it is causal; from the layer behind it on every position may have changed, and is
+    computed anew too. Without a tail every layer is kept.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: Tensor,
+        mask: Tensor,
+        prompt: Prompt | None,
+        injection: Injection | None,
+        *,
+        max_new_tokens: int,
+    ) -> None:
+        """Reads texts ids [B, L] with mask [B, L] (True: a token, at least one in each row), padded on the right."""
+        self._model = model
+        x, columns = model.arrange(ids, mask, prompt, injection)
+        self._tail = None if columns.extra is None else columns.extra.tail
+        self._num_kept = model.config.layers if self._tail is None else self._tail + 1
+        self._columns = replace(columns, seen=functional.pad(columns.seen, (0, max_new_tokens), value=False))
+        self._end = x.shape[1]  # of the columns in use
+        self._lengths = mask.sum(dim=1)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._inputs: Tensor | None = None  # what entered the tail, where layers behind it need it
+        rows, before_text = torch.arange(len(ids), device=ids.device), x.shape[1] - ids.shape[1]
+        self._last = self._read(x)[rows, before_text + self._lengths - 1]
+
+    def logits(self) -> Tensor:
+        """Logits [B, V] of what follows the texts as they are now."""
+        return self._model.logits(self._last)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append a token to every row, ids [B]; logits [B, V] of what follows."""
+        model = self._model
+        column, self._end = self._end, self._end + 1
+        self._columns.seen[:, column] = True
+        x = model.embed(ids[:, None], self._lengths[:, None])
+        self._lengths = self._lengths + 1
+        tail = self._tail
+        for index in range(self._num_kept if tail is None else tail - 1):
+            x = self._step_layer(index, x)
+        if tail is not None:
+            x = self._step_tail(tail, x)
+        self._last = x[:, -1]
+        return self.logits()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, some perhaps more than once (beams that continue others)."""
+        self._columns = self._columns.select(rows)
+        self._lengths, self._last = self._lengths[rows], self._last[rows]
+        self._keys = [k.index_select(0, rows) for k in self._keys]
+        self._values = [v.index_select(0, rows) for v in self._values]
+        if self._inputs is not None:
+            self._inputs = self._inputs.index_select(0, rows)
+
+    # --- the texts as they are given ---------------------------------------------------------------------
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Run all layers once and keep what does not change; hidden states [B, K, D]."""
+        model, columns, end = self._model, self._columns, self._end
+        room = (0, 0, 0, columns.seen.shape[1] - end)
+        for index in range(model.config.layers):
+            layer, x = model.layer(index), columns.enter(index, x)
+            q, k, v = layer.project(x)
+            if index < self._num_kept:
+                self._keys.append(functional.pad(k, room))
+                self._values.append(functional.pad(v, room))
+            if index == self._tail and index < model.config.layers - 1:
+                self._inputs = functional.pad(x, room)
+            x = layer.finish(x, q, k, v, columns.mask(index, end))
+        return x
+
+    # --- one more token ----------------------------------------------------------------------------------
+
+    def _kept(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, all so far, after adding those of the newest column."""
+        column = self._end - 1
+        self._keys[index][:, :, column] = k[:, :, -1]
+        self._values[index][:, :, column] = v[:, :, -1]
+        return self._keys[index][:, :, : self._end], self._values[index][:, :, : self._end]
+
+    def _step_layer(self, index: int, x: Tensor) -> Tensor:
+        """A layer for the newest token, the last of x [B, L, D], and any before it that see the same."""
+        layer = self._model.layer(index)
+        q, k, v = layer.project(x)
+        mask = self._columns.keys_mask(index, self._end)[:, None, None]
+        return layer.finish(x, q, *self._kept(index, k, v), mask)
+
+    def _step_tail(self, tail: int, x: Tensor) -> Tensor:
+        """The layer before the tail, with the extra token; the tail; and whatever is behind it."""
+        model, columns, end = self._model, self._columns, self._end
+        x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
+        x = columns.enter(tail, self._step_layer(tail - 1, x))
+        layer = model.layer(tail)
+        q, k, v = layer.project(x)
+        self._keys[tail][:, :, EXTRA], self._values[tail][:, :, EXTRA] = k[:, :, EXTRA], v[:, :, EXTRA]
+        keys, values = self._kept(tail, k, v)
+        if self._inputs is None:
+            return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, columns.keys_mask(tail, end)[:, None, None])
+        self._inputs[:, EXTRA], self._inputs[:, end - 1] = x[:, EXTRA], x[:, 1]
+        everything = self._inputs[:, :end]
+        q, _, _ = layer.project(everything)
+        return model.run(layer.finish(everything, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+
+
+class Opt(nn.Module):
+    """One frozen OPT and its encoders. One that its config does not name is None.
+
+    Part names, which are also the names of their files and digests: language_model, vit, timesformer, ast.
+    """
+
+    def __init__(self, config: OptConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = LanguageModel(config.language_model)
+        for name, encoder in config.encoders.items():
+            self.add_module(name, make_encoder(encoder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.language_model.words.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights, hence of every hidden state."""
+        return self.language_model.words.weight.dtype
+
+    def encoder(self, name: str) -> Encoder:
+        """An encoder by name."""
+        encoder = getattr(self, name, None)
+        assert isinstance(encoder, Encoder), f"the caller checked that the backbone has {name}. This is a bug."
+        return encoder
+
+    def perceive(self, encoder: str, inputs: Tensor) -> Tensor:
+        """An encoder's first token after each of its blocks, [B, blocks, d], of pictures, clips or spectrograms."""
+        return self.encoder(encoder).first_tokens(inputs.to(self.dtype))
+
+    def score(
+        self, ids: Tensor, mask: Tensor, features: Sequence[Tensor | None], adaptation: Adaptation | None
+    ) -> Tensor:
+        """Teacher forcing: logits [B, L, V] of texts ids [B, L], mask [B, L] (True: a token), padded on the right.
+
+        `features` holds each row's encoder states [blocks, d], or None.
+        """
+        prompt = None if adaptation is None else adaptation.prompt(len(ids))
+        injection = None if adaptation is None else adaptation.inject(features)
+        x, columns = self.language_model.arrange(ids, mask, prompt, injection)
+        hidden = self.language_model.run(x, columns)
+        return self.language_model.logits(hidden[:, -ids.shape[1] :])
+
+    def decode(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        features: Sequence[Tensor | None],
+        adaptation: Adaptation | None,
+        *,
+        max_new_tokens: int,
+    ) -> Decoding:
+        """Texts as for `score`, ready to grow by at most so many tokens."""
+        prompt = None if adaptation is None else adaptation.prompt(len(ids))
+        injection = None if adaptation is None else adaptation.inject(features)
+        return Decoding(self.language_model, ids, mask, prompt, injection, max_new_tokens=max_new_tokens)

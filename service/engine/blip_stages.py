@@ -1,0 +1,149 @@
+"""What the device does with a batch of a BLIP's: pad the jobs' inputs, run one forward for all, split the result.
+
+Every function gets jobs of its own stage, in any mix of adapters, and returns one output per job, in order. Padding is
+masked everywhere, so a job's output does not depend on its neighbours.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from adapters.families.uniadapter import frame_factors
+from service.backbone.blip import Blip
+from service.backbone.blip_answers import beam_search, rank_answers
+from service.backbone.decoding import KeepGoing, pad_ids
+from service.bank import BatchLeases
+from service.types import (
+    Batch,
+    GenerateInput,
+    Job,
+    MatchInput,
+    MatchOutput,
+    RankInput,
+    StageOutput,
+    TextInput,
+    TextOutput,
+    VisionInput,
+    VisionOutput,
+)
+
+
+def run_blip(model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
+    """Run a batch's stage. Called by the device thread, without gradients."""
+    match batch.stage:
+        case "vision":
+            return run_vision(model, batch.jobs, leases)
+        case "text":
+            return run_text(model, batch.jobs, leases)
+        case "match":
+            return run_match(model, batch.jobs, leases)
+        case "generate":
+            return run_generate(model, batch.jobs, leases, keep_going)
+        case "rank":
+            return run_rank(model, batch.jobs, leases, keep_going)
+        case _:
+            raise AssertionError(f"a BLIP has no stage {batch.stage}. This is a bug.")
+
+
+def run_vision(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[VisionOutput]:
+    """Frames of all jobs as one batch; projections of each CLS where the backbone has that head."""
+    inputs = [cast(VisionInput, job.inputs).pixels for job in jobs]
+    adapters = [job.adapter for job, pixels in zip(jobs, inputs, strict=True) for _ in range(len(pixels))]
+    adaptation = leases.adaptation(adapters)
+    states = model.encode_vision(torch.cat(inputs).to(model.device), adaptation)  # [sum of F, P, D]
+    sizes = [len(pixels) for pixels in inputs]
+    frames: Sequence[Tensor | None] = [None] * len(jobs)
+    if model.vision_proj is not None:
+        frames = model.project("vision_proj", states[:, 0], adaptation).float().cpu().split(sizes)
+    return [VisionOutput(own.clone(), f) for own, f in zip(states.split(sizes), frames, strict=True)]
+
+
+def run_text(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[TextOutput]:
+    """Unit-norm text features."""
+    ids, mask = _pad(model, [cast(TextInput, job.inputs).ids for job in jobs])
+    adaptation = leases.adaptation([job.adapter for job in jobs])
+    hidden = model.encode_text(ids, mask, adaptation)
+    features = functional.normalize(model.project("text_proj", hidden[:, 0], adaptation).float(), dim=-1).cpu()
+    return [TextOutput(feature) for feature in features]
+
+
+def run_match(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[MatchOutput]:
+    """Matching logits of every pair of every job; frame weights where a job brings similarities."""
+    inputs = [cast(MatchInput, job.inputs) for job in jobs]
+    sizes = [len(pairs.ids) for pairs in inputs]
+    ids, mask = _pad(model, [ids for pairs in inputs for ids in pairs.ids])
+    states = [clip for pairs in inputs for clip in pairs.states]
+    similarities = [similarity for pairs in inputs for similarity in pairs.similarities]
+    y, seen = _pad_states([clip.flatten(0, 1) for clip in states])
+    factors = None
+    if any(similarity is not None for similarity in similarities):
+        factors = pad_sequence(
+            [_factors(clip, similarity) for clip, similarity in zip(states, similarities, strict=True)],
+            batch_first=True,
+            padding_value=1.0,
+        )
+    adaptation = leases.adaptation([job.adapter for job, size in zip(jobs, sizes, strict=True) for _ in range(size)])
+    hidden = model.encode_multimodal(ids, mask, y, seen, adaptation, factors)
+    logits = model.project("itm_head", hidden[:, 0], adaptation).float().cpu()
+    return [MatchOutput(own) for own in logits.split(sizes)]
+
+
+def _factors(clip: Tensor, similarity: Tensor | None) -> Tensor:
+    """Key factors [F*P] of one pair; ones without frame weights."""
+    if similarity is None:
+        return clip.new_ones(clip.shape[0] * clip.shape[1])
+    return frame_factors(similarity.to(clip.device, torch.float32)[None], clip.shape[1])[0].to(clip.dtype)
+
+
+def _question_states(
+    model: Blip, jobs: Sequence[Job], questions: Sequence[GenerateInput | RankInput], leases: BatchLeases
+) -> tuple[Tensor, Tensor, list[str]]:
+    ids, mask = _pad(model, [question.question_ids for question in questions])
+    y, seen = _pad_states([question.states for question in questions])
+    adapters = [job.adapter for job in jobs]
+    return model.encode_multimodal(ids, mask, y, seen, leases.adaptation(adapters)), mask, adapters
+
+
+def run_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
+    """Beam search; jobs share beams and length by their shape."""
+    inputs = [cast(GenerateInput, job.inputs) for job in jobs]
+    states, mask, adapters = _question_states(model, jobs, inputs, leases)
+    adaptation = leases.adaptation(adapters)
+    assert model.decoder is not None
+    memory = model.decoder.body.remember(states, mask, adaptation)
+    first = inputs[0]
+    return beam_search(
+        model,
+        memory,
+        len(jobs),
+        adaptation,
+        num_beams=first.num_beams,
+        max_length=first.max_length,
+        keep_going=keep_going,
+    )
+
+
+def run_rank(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
+    """Answer ranking, each job with its own candidates and shortlist length."""
+    inputs = [cast(RankInput, job.inputs) for job in jobs]
+    states, mask, adapters = _question_states(model, jobs, inputs, leases)
+    adaptation = leases.adaptation(adapters)
+    assert model.decoder is not None
+    memory = model.decoder.body.remember(states, mask, adaptation)
+    candidates, ks = [i.candidates for i in inputs], [i.k for i in inputs]
+    return rank_answers(model, memory, adaptation, candidates, ks, keep_going=keep_going)
+
+
+def _pad(model: Blip, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    return pad_ids(rows, model.config.special_ids.pad, model.device)
+
+
+def _pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Memories [M_i, D] as [B, M, D] with mask [B, M] (True: a token)."""
+    y = pad_sequence(list(states), batch_first=True)
+    lengths = torch.tensor([len(state) for state in states], device=y.device)
+    return y, torch.arange(y.shape[1], device=y.device)[None] < lengths[:, None]
