@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 from adapters.config import AdapterConfig
 from adapters.families import family_of
-from adapters.families.base import BackboneDims, SlotView, UniformAdaptation
-from adapters.families.uniadapter import frozen_names, init_tensors
-from adapters.training.data import AnswerBatch, RetrievalBatch
+from adapters.families.base import BackboneDims, BlipDims, SlotView, UniformAdaptation
+from adapters.training.data import AnswerBatch, RetrievalBatch, TextBatch
 from adapters.training.losses import ContrastiveFeatures
-from adapters.training.objectives import RetrievalSettings, encode_pairs, retrieval_loss, vqa_loss
-from adapters.training.protocols import TrainingBackbone
+from adapters.training.objectives import RetrievalSettings, encode_pairs, retrieval_loss, text_loss, vqa_loss
+from adapters.training.protocols import TrainingBackbone, TrainingLanguageModel
 
 
 class TrainableAdapter:
     """Package tensors as float32 parameters on `device`.
 
-    `heads` are the backbone's: those the config carries are copied and tuned, the others used as they are. The
-    cross-modal norms stay frozen, as the released trainers leave them. The same seed gives the same start on any device.
+    `heads` are the backbone's: those the config carries are copied and tuned, the others used as they are. What the
+    released trainers leave frozen stays so. The same seed gives the same start on any device.
     """
 
     def __init__(
@@ -34,9 +33,10 @@ class TrainableAdapter:
     ) -> None:
         self.config = config
         self.dims = dims
-        tensors = init_tensors(config, dims, torch.Generator().manual_seed(seed))
+        family = family_of(config.family)
+        tensors = family.init_tensors(config, dims, torch.Generator().manual_seed(seed))
         tensors |= {name: heads[name].detach().float().clone() for name in head_tensors(config)}
-        frozen = frozen_names(tensors)
+        frozen = family.frozen_names(tensors)
         self.tensors = {n: nn.Parameter(t.to(device), requires_grad=n not in frozen) for n, t in tensors.items()}
         self._heads = {name: tensor.detach() for name, tensor in heads.items()}
 
@@ -56,7 +56,7 @@ class TrainableAdapter:
         tensors = dict(self._heads)
         tensors |= {name: self.tensors[name] for name in head_tensors(self.config)}
         tensors |= family.fold(self.config, self.tensors, self.dims)
-        return UniformAdaptation(SlotView(family, tensors))
+        return UniformAdaptation(SlotView(family, tensors, family.schedule(self.config, self.dims)))
 
     def frozen_copy(self) -> "TrainableAdapter":
         """An adapter of the same values that gets no gradients: what a momentum copy starts as."""
@@ -100,6 +100,31 @@ class AnswerTraining:
         """No state of its own."""
 
 
+class TextTraining:
+    """Fine-tune what a language model perceives on texts about it: questions with their answers, or captions."""
+
+    def __init__(
+        self, model: TrainingLanguageModel, adapter: TrainableAdapter, batches: Callable[[int], TextBatch]
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.batches = batches
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """See Objective."""
+        return {"text": text_loss(self.model, self.batches(step), self.adapter.adaptation())}
+
+    def after_step(self) -> None:
+        """Nothing follows the parameters here."""
+
+    def state(self) -> dict[str, Tensor]:
+        """No state of its own."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """No state of its own."""
+
+
 class RetrievalTraining:
     """Fine-tune on pairs: contrastive with soft targets of a momentum adapter, and matching with hard negatives.
 
@@ -129,6 +154,7 @@ class RetrievalTraining:
         self.ramp_steps = ramp_steps
         self.seed = seed
         self.copy = adapter.frozen_copy()
+        assert isinstance(adapter.dims, BlipDims), "retrieval is trained on a BLIP. This is a bug."
         width, device = adapter.dims.embed_dim, next(iter(adapter.tensors.values())).device
         self._queue = {
             "clips": torch.zeros(queue_size, width, device=device),

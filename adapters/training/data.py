@@ -48,5 +48,22 @@ class AnswerBatch:
         return AnswerBatch(**_moved(self, device))
 
 
-def _moved(batch: RetrievalBatch | AnswerBatch, device: torch.device) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TextBatch:
+    """B texts, each about what an encoder perceived.
+
+    states [B, blocks, d], the encoder's first tokens, which no adapter has a part in; ids [B, L] with start and end token,
+    the question's and the answer's token in between where there is a question; mask [B, L] bool.
+    """
+
+    states: Tensor
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> "TextBatch":
+        """The batch on a device."""
+        return TextBatch(**_moved(self, device))
+
+
+def _moved(batch: RetrievalBatch | AnswerBatch | TextBatch, device: torch.device) -> dict[str, Any]:
     return {field.name: getattr(batch, field.name).to(device) for field in fields(batch)}

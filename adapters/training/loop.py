@@ -76,26 +76,23 @@ def fit(
     settings: Mapping[str, JsonValue] | None = None,
     report: Callable[[Progress], None] | None = None,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> int:
     """Minimise the objective over `parameters`; returns the step it started from (0, or the checkpoint's).
 
     LayerNorm gains, biases and scales take no weight decay. A checkpoint is replaced atomically, and resumed only where
     the options, and `settings` (whatever else decides the numbers), are those it was written with.
-    `context` surrounds every forward pass (autocast, a choice of attention kernel).
+    `context` surrounds every forward pass (autocast, a choice of attention kernel). `rate_of` is what a parameter's
+    learning rate is multiplied by.
     Raises: InvalidPackage for a checkpoint that cannot be read or belongs to another run; NonFiniteTensor when a loss or
     gradient is no longer finite, before the parameters take it in.
     """
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-    )
+    optimizer = torch.optim.AdamW(_groups(parameters, options, rate_of), lr=options.learning_rate)
     settings = asdict(options) | dict(settings or {})
     start = _resume(checkpoint, parameters, objective, optimizer, settings)
     for step in range(start, options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
+            group["lr"] = group.get("rate", 1.0) * learning_rate(step, options)
         with context():
             losses = objective.losses(step)
         optimizer.zero_grad(set_to_none=True)
@@ -110,6 +107,21 @@ def fit(
         if report is not None:
             report(Progress(step + 1, options.steps, {name: loss.item() for name, loss in losses.items()}))
     return start
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], options: FitOptions, rate_of: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """The parameters by learning rate, and of each rate those that decay before those that do not."""
+    groups: list[dict[str, Any]] = []
+    for rate in sorted({rate_of(name) for name in parameters}, reverse=True):
+        own = [p for name, p in parameters.items() if rate_of(name) == rate]
+        decayed, plain = [p for p in own if p.ndim >= 2], [p for p in own if p.ndim < 2]
+        groups += [
+            {"params": decayed, "weight_decay": options.weight_decay, "rate": rate},
+            {"params": plain, "weight_decay": 0.0, "rate": rate},
+        ]
+    return groups
 
 
 def _check_finite(step: int, losses: Mapping[str, Tensor], norm: Tensor) -> None:

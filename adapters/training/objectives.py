@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from adapters.families.base import Adaptation
 from adapters.families.uniadapter import frame_factors
-from adapters.training.data import AnswerBatch, RetrievalBatch
+from adapters.training.data import AnswerBatch, RetrievalBatch, TextBatch
 from adapters.training.losses import (
     ContrastiveFeatures,
     answer_loss,
@@ -20,7 +20,10 @@ from adapters.training.losses import (
     matching_loss,
     shifted_nll,
 )
-from adapters.training.protocols import TrainingBackbone
+from adapters.training.protocols import TrainingBackbone, TrainingLanguageModel
+
+TEXT_LOSS_WEIGHT = 0.1  # the trainers' `lm_loss_weight`
+IGNORED = -100  # cross-entropy leaves such targets out
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,19 @@ def vqa_loss(backbone: TrainingBackbone, batch: AnswerBatch, adaptation: Adaptat
     )
     per_answer = shifted_nll(logits, batch.answer_ids, batch.answer_mask)
     return answer_loss(per_answer, batch.answer_weights, batch.pixels.shape[0] * batch.pixels.shape[1])
+
+
+def text_losses(model: TrainingLanguageModel, batch: TextBatch, adaptation: Adaptation | None) -> Tensor:
+    """The summed negative log-likelihood [B] of each text's tokens, all but the first: the question's too.
+
+    Source: eP-ALM's `models/epalm.py`, `reduction="none"`.
+    """
+    logits = model.score(batch.ids, batch.mask, list(batch.states), adaptation)[:, :-1].float()
+    targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], IGNORED)
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets).sum(dim=1)
+
+
+def text_loss(model: TrainingLanguageModel, batch: TextBatch, adaptation: Adaptation | None) -> Tensor:
+    """What the trainers minimise, a scalar: a tenth of the mean of `text_losses`."""
+    return TEXT_LOSS_WEIGHT * text_losses(model, batch, adaptation).mean()

@@ -1,10 +1,20 @@
 """The narrow backbone that training is given. Any object of this shape will do; nothing here loads weights."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from adapters.families.base import Adaptation
+
+
+class TrainingLanguageModel(Protocol):
+    """What training an eP-ALM adapter calls: B rows, L tokens, V words."""
+
+    def score(
+        self, ids: Tensor, mask: Tensor, features: Sequence[Tensor | None], adaptation: Adaptation | None
+    ) -> Tensor:
+        """Teacher-forced logits [B, L, V] of texts ids [B, L], mask [B, L] bool, with encoder states [blocks, d] each."""
 
 
 class TrainingBackbone(Protocol):

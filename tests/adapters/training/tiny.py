@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing, Task
-from adapters.families.base import BackboneDims
+from adapters.families.base import BlipDims
 from adapters.training.adapter import TrainableAdapter
 from adapters.training.data import AnswerBatch, RetrievalBatch
 from service.backbone.blip import Blip
@@ -12,7 +12,7 @@ from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionCo
 
 WIDTH, LAYERS, EMBED, VOCABULARY, PATCH = 16, 2, 8, 40, 8
 RESOLUTION = 2 * PATCH
-DIMS = BackboneDims(WIDTH, LAYERS, EMBED)
+DIMS = BlipDims(WIDTH, LAYERS, EMBED)
 HEADS = ("vision_proj", "text_proj", "itm_head")
 BOS, ENC, SEP = 30, 31, 3
 
