@@ -8,11 +8,8 @@ Each mutation patches our code, serves every case anew and counts the comparison
 
 import argparse
 import dataclasses
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,46 +26,11 @@ from adapters.training import losses, objectives
 from service import loader
 from service.backbone import blip, convert, decoding
 from service.bank import fold_package
-from service.engine import stages
+from service.engine import blip_stages as stages
 from tests.parity.claims import Claims
+from tests.parity.outcomes import Mutation, Outcome, quiet, table, write
 from tests.parity.serving import serve
-from tests.parity.sets import DATA, Case, Comparison, find_sets, read_set
-
-PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
-BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
-MAX_NAMED = 4
-Apply = Callable[[pytest.MonkeyPatch, Case], None]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A detail as the sets' `sensitivity` names it, or one of ours; what is changed; and the change."""
-
-    detail: str
-    changed: str
-    apply: Apply
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a mutation did: how many comparisons ran, and which failed, by case."""
-
-    mutation: Mutation
-    num_comparisons: int
-    failed: tuple[tuple[str, Comparison], ...]
-
-    @property
-    def recorded(self) -> list[str]:
-        """The recorded outputs that failed, each once."""
-        return list(dict.fromkeys(c.name.partition(" (")[0] for _, c in self.failed if c.is_recorded))
-
-    @property
-    def worst(self) -> tuple[str, Comparison] | None:
-        """The number that is off by most; ids and choices are right or wrong."""
-        return max(
-            (item for item in self.failed if not item[1].is_exact), key=lambda item: item[1].excess, default=None
-        )
-
+from tests.parity.sets import DATA, Case, find_sets, read_set
 
 # --- the changes -----------------------------------------------------------------------------------------
 
@@ -416,21 +378,11 @@ def details(sensitivity: Mapping[str, Any]) -> list[str]:
     return found
 
 
-@contextmanager
-def _quiet() -> Any:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def run(mutation: Mutation, cases: Iterable[Case], *, stop_at_first: bool = False) -> Outcome:
     """Serve the cases with one detail broken."""
     count, failed = 0, []
     for case in cases:
-        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, _quiet():
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, quiet():
             mutation.apply(patch, case)
             found = Claims(serve(case, Path(folder))).all()
         count += len(found)
@@ -445,34 +397,6 @@ def default_cases() -> list[Case]:
     return [case for folder in find_sets("uniadapter", DATA) for case in read_set(folder)]
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """One line per mutation."""
-    lines = [
-        "| detail | what was changed | comparisons that failed | of them recorded | recorded outputs that failed | largest excess over tolerance |",
-        "|---|---|--:|--:|---|---|",
-    ]
-    for outcome in outcomes:
-        names, worst = outcome.recorded, outcome.worst
-        listed = ", ".join(f"`{name}`" for name in names[:MAX_NAMED])
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        counts = f"{len(outcome.failed)} | {sum(c.is_recorded for _, c in outcome.failed)}"
-        excess = "" if worst is None else f"{worst[1].excess:.1e} (`{worst[0]}`, {worst[1].name})"
-        lines.append(
-            f"| {outcome.mutation.detail} | {outcome.mutation.changed} | {counts} | {listed}{more} | {excess} |"
-        )
-    total = max(outcome.num_comparisons for outcome in outcomes)
-    lines += ["", f"Each line is out of {total} comparisons, all of which hold without a change."]
-    return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    """Put the table between its marks in docs/parity.md."""
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/parity.md")
@@ -482,7 +406,7 @@ def main() -> None:
     text = table(outcomes)
     print(text)
     if arguments.write:
-        write(text)
+        write(text, "mutations")
     if not all(outcome.failed for outcome in outcomes):
         raise SystemExit("a mutation went unnoticed")
 

@@ -22,13 +22,16 @@ from adapters.artifacts import LocalArtifactStore
 from adapters.config import BASE_ADAPTER
 from adapters.families.base import Adaptation
 from adapters.families.uniadapter import options_of
-from adapters.importers.uniadapter import ImportedAdapter, import_uniadapter
+from adapters.importers.checkpoint import ImportedAdapter
+from adapters.importers.uniadapter import import_uniadapter
 from adapters.package import Package, write_package
 from adapters.registry import PackageInfo, open_registry
 from service.auth import LOCAL
 from service.backbone import convert
-from service.backbone.base import Backbone, load_backbone, write_backbone
+from service.backbone.base import Backbone
 from service.backbone.config import SpecialIds
+from service.backbone.folder import load_backbone, write_backbone
+from service.backbones import Backbones
 from service.bank import AdapterBank, BatchLeases, batch_leases
 from service.engine import Engine
 from service.loader import Loader, Pin
@@ -108,7 +111,7 @@ class RecordingEngine(Engine):
         self.records: list[BatchRecord] = []
 
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
-        with hooks(self.backbone) as seen:
+        with hooks(self.backbones.named(batch.backbone).backbone) as seen:
             outputs = super()._forward(batch, leases)
         self.records.append(BatchRecord(batch, seen))
         return outputs
@@ -260,7 +263,7 @@ async def _serve(case: Case, folder: Path) -> Served:
         registry.set_alias(name, "prod", record.version)
     metrics = Metrics()
     bank = make_bank(backbone, packages.values(), metrics)
-    loader = Loader(registry, store, backbone, bank, metrics)
+    loader = Loader(registry, store, Backbones.of_one(backbone, bank, metrics), metrics)
     try:
         async with AsyncExitStack() as stack:
 
@@ -340,8 +343,7 @@ class Wanted:
 async def run_together(served: Served, wanted: Sequence[Wanted]) -> None:
     """Queue all jobs, then start a device thread, and keep what came of each."""
     engine = RecordingEngine(
-        served.backbone,
-        served.bank,
+        Backbones.of_one(served.backbone, served.bank, served.metrics),
         Scheduler(BatchLimits(max_rows=1 << 30, max_tokens=1 << 30)),
         served.metrics,
         measured=lambda cost, seconds: None,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.parity.mutations import MUTATIONS, NOT_MUTATED, PAGE, Mutation, default_cases, details, run
+from tests.parity.mutations import MUTATIONS, NOT_MUTATED, default_cases, details, run
+from tests.parity.outcomes import PAGE, Mutation
 
 CASES = default_cases()
 
