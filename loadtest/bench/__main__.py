@@ -1,104 +1,23 @@
-"""Adapters of one batch against the frozen backbone alone, in the vision stage.
+"""Benchmarks, each comparing ways of doing the same work, turn by turn in one process.
 
-    python -m loadtest.bench [--size tiny|base] [--device cpu|cuda] [--dtype float32|bfloat16] [--batch 16] [--repeats 7]
-
-Each row is the same pictures through the same weights: without an adaptation, with one adapter for all rows, and with a
-different adapter for every row. Weights are random; speed does not know. A table for people, the last line JSON.
+python -m loadtest.bench NAME [options]      NAME: vision, decode; --help after it lists its options
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
+from loadtest.bench import decode, vision
 
-from adapters.config import AdapterConfig, BackboneRef, Preprocessing
-from adapters.families.base import Adaptation, BackboneDims, SlotView, adapt_rows
-from adapters.families.uniadapter import UniAdapter, init_tensors
-from service.backbone.blip import VisionTower
-from service.backbone.config import VisionConfig
-
-SIZES = {
-    "tiny": VisionConfig(width=128, layers=4, heads=4, mlp_width=512, patch=16, grid=4),
-    "base": VisionConfig(width=768, layers=12, heads=12, mlp_width=3072, patch=16, grid=24),
-}
-RANKS = {"tiny": (16, 64), "base": (128, 512)}
-
-
-def adapter_slots(
-    vision: VisionConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype
-) -> list[SlotView]:
-    """`count` different adapters of a rank, folded as the bank folds them."""
-    family, dims = UniAdapter(), BackboneDims(vision.width, vision.layers, 256, ())
-    config = AdapterConfig(
-        family="uniadapter",
-        task="retrieval",
-        rank=rank,
-        backbone=BackboneRef(architecture="blip", width=vision.width, layers=vision.layers, parts={}),
-        preprocessing=Preprocessing(resolution=vision.grid * vision.patch),
-    )
-    slots = []
-    for seed in range(count):
-        tensors = init_tensors(config, dims, torch.Generator().manual_seed(seed))
-        folded = {name: t.to(device, dtype) for name, t in family.fold(config, tensors, dims).items()}
-        slots.append(SlotView(family, folded))
-    return slots
-
-
-def medians(runs: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each run; the runs take turns, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.inference_mode():
-        for turn in range(repeats + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {"vision": vision.main, "decode": decode.main}
 
 
 def main() -> None:
-    """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    vision, batch = SIZES[arguments.size], arguments.batch
-    side = vision.grid * vision.patch
-    tower = VisionTower(vision).to(device, dtype).eval().requires_grad_(False)
-    pixels = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
-
-    def forward(adaptation: Adaptation | None) -> Callable[[], Tensor]:
-        return lambda: tower(pixels, adaptation)
-
-    runs = {"frozen": forward(None)}
-    for rank in RANKS[arguments.size]:
-        slots = adapter_slots(vision, rank, batch, device, dtype)
-        runs[f"r={rank}, one adapter"] = forward(adapt_rows(slots, [0] * batch, device))
-        runs[f"r={rank}, {batch} adapters"] = forward(adapt_rows(slots, list(range(batch)), device))
-    seconds = medians(runs, arguments.repeats, device)
-    print(f"vision stage, {arguments.size}, batch {batch}, {side} px, {arguments.dtype} on {device}\n")
-    print(f"{'':24s}{'ms':>10s}{'of frozen':>12s}")
-    for name, value in seconds.items():
-        print(f"{name:24s}{1000 * value:10.1f}{seconds['frozen'] / value:12.2f}")
-    result = {
-        "bench": "vision",
-        "size": arguments.size,
-        "batch": batch,
-        "dtype": arguments.dtype,
-        "device": str(device),
-    }
-    print(json.dumps(result | {"median_s": seconds}))
+    """Run the benchmark that is named; all of them with their defaults where none is."""
+    name, *words = sys.argv[1:] or [""]
+    if name in ("-h", "--help") or (name and name not in BENCHES):
+        raise SystemExit(__doc__)
+    for bench in [BENCHES[name]] if name else BENCHES.values():
+        bench(words)
 
 
 if __name__ == "__main__":
