@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from service.demo.evaluate import RECORDED, table
 
 PAGE = Path(__file__).parents[3] / "docs" / "demo.md"
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the demo was not evaluated yet: service.demo.build --only table")
 def test_the_page_shows_the_recorded_table() -> None:
     assert table(json.loads(RECORDED.read_text())) in PAGE.read_text()
