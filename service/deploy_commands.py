@@ -30,6 +30,8 @@ app.add_typer(registry_app, name="registry")
 URL_VARIABLE = "ADAPTER_BANK_URL"
 OPERATION_FAILED = 3
 STILL_RUNNING = 4
+CONFIRM_S = 5.0  # servers give a sign of life every 2 seconds; one that takes longer is told of
+CONFIRM_POLL_S = 0.2
 
 Home = Annotated[Path | None, typer.Option("--home", help="State folder; default BANK_HOME.")]
 Backbone = Annotated[Path | None, typer.Option(help="Backbone folder; default HOME/backbone.")]
@@ -214,6 +216,11 @@ def list_adapters(
     for adapter in found:
         for version in adapter.versions:
             aliases = [alias for alias, number in adapter.aliases.items() if number == version.version]
+            aliases += [
+                f"{alias} for {100 * canary.traffic:g} %"
+                for alias, canary in adapter.canaries.items()
+                if canary.version == version.version
+            ]
             named = f"  {', '.join(aliases)}" if aliases else ""
             why = f"  ({version.reason})" if version.reason else ""
             print(
@@ -338,12 +345,21 @@ def follow(
         except TimeoutError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(STILL_RUNNING) from error
-    final = operation
+    final = operation if as_json or is_quiet else _confirmed(bank, operation)
     if as_json or not (is_quiet and final.status == "succeeded"):
         show(final, as_json, lambda: _line(final))
     if final.status == "failed":
         raise typer.Exit(OPERATION_FAILED)
     return final
+
+
+def _confirmed(bank: "Client | LocalOperator", operation: "OperationReply") -> "OperationReply":
+    """An operation once every living server said that it serves the outcome, or after a while."""
+    end = time.monotonic() + CONFIRM_S
+    while operation.laggards and time.monotonic() < end:
+        time.sleep(CONFIRM_POLL_S)
+        operation = bank.operation(operation.id)
+    return operation
 
 
 def _progress() -> "Callable[[OperationReply], None]":
@@ -369,6 +385,8 @@ def _line(operation: "OperationReply") -> str:
     move = f"{operation.from_version or 'none'} -> {operation.to_version or 'none yet'}"
     share = "" if operation.traffic is None else f" for {100 * operation.traffic:g} % of the traffic"
     parts = [f"{operation.kind} {operation.id}: {operation.subject} {operation.phase}, {move}{share}"]
+    if operation.progress is not None:
+        parts.append("{} of {} items".format(*operation.progress))
     if operation.error:
         parts.append(operation.error)
     if operation.waiting_for:

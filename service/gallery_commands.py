@@ -70,6 +70,8 @@ def list_galleries(url: Url = None, home: Home = None, as_json: AsJson = False) 
                 "version": version.version,
                 "live": version.live,
                 "adapter": version.adapter,
+                "adapter_version": version.adapter_version,
+                "follows": gallery.follows if version.live else None,
                 "status": version.status,
             }
             for gallery in bank.galleries()
@@ -79,7 +81,10 @@ def list_galleries(url: Url = None, home: Home = None, as_json: AsJson = False) 
         print(json.dumps(rows))
         return
     for row in rows:
-        print("{name} v{version}  {status}  {adapter}".format(**row) + ("  live" if row["live"] else ""))
+        number = "" if row["adapter_version"] is None else f"@{row['adapter_version']}"
+        follows = "" if row["follows"] is None else f", follows {row['follows']}"
+        live = f"  live{follows}" if row["live"] else ""
+        print("{name} v{version}  {status}  {adapter}".format(**row) + number + live)
 
 
 @app.command()

@@ -556,14 +556,32 @@ class AdapterVersionReply(Model):
         )
 
 
+class CanaryReply(Model):
+    """A version that gets a share of an alias's requests."""
+
+    model_config = examples({"version": 4, "traffic": 0.05})
+
+    version: int
+    traffic: float
+
+
 class AdapterDetails(Model):
     """A registered adapter: its versions, and which of them each alias means."""
 
-    model_config = examples({"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3, "canary": 4}, "versions": []})
+    model_config = examples(
+        {
+            "name": "vqa",
+            "tasks": ["vqa"],
+            "aliases": {"prod": 3, "next": 4},
+            "canaries": {"prod": {"version": 4, "traffic": 0.05}},
+            "versions": [],
+        }
+    )
 
     name: str
     tasks: list[str] = Field(description="Tasks of the versions that have an alias; of all where none has.")
     aliases: dict[str, int]
+    canaries: dict[str, CanaryReply] = Field(description="By alias, while one runs.")
     versions: list[AdapterVersionReply]
 
     @classmethod
@@ -576,6 +594,11 @@ class AdapterDetails(Model):
             name=name,
             tasks=sorted({record.task for record in served}),
             aliases=aliases,
+            canaries={
+                record.alias: CanaryReply(**vars(record.canary))
+                for record in snapshot.aliases
+                if record.name == name and record.canary is not None
+            },
             versions=[AdapterVersionReply.of(record, tier(record.weights_digest)) for record in records],
         )
 
@@ -583,7 +606,9 @@ class AdapterDetails(Model):
 class AdaptersReply(Model):
     """All registered adapters."""
 
-    model_config = examples({"adapters": [{"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3}, "versions": []}]})
+    model_config = examples(
+        {"adapters": [{"name": "vqa", "tasks": ["vqa"], "aliases": {"prod": 3}, "canaries": {}, "versions": []}]}
+    )
 
     adapters: list[AdapterDetails]
 
@@ -594,18 +619,26 @@ class AdaptersReply(Model):
 class GalleryVersion(Model):
     """One version of a gallery, whether it is searched or not."""
 
-    model_config = examples({"version": 3, "status": "ready", "live": True, "adapter": "retrieval"})
+    model_config = examples(
+        {"version": 3, "status": "ready", "live": True, "adapter": "retrieval", "adapter_version": 2}
+    )
 
     version: int
     status: Literal["building", "ready", "retired", "failed", "deleted"]
     live: bool
     adapter: str = Field(description="The name of what embedded it, or a digest where no name is known.")
+    adapter_version: int | None = Field(description="Which version of it, where that is known.")
 
     @classmethod
     def of(cls, record: GalleryRecord, live: int | None) -> "GalleryVersion":
         """From a registry record."""
-        adapter = record.adapter_name or record.adapter
-        return cls(version=record.version, status=record.status, live=record.version == live, adapter=adapter)
+        return cls(
+            version=record.version,
+            status=record.status,
+            live=record.version == live,
+            adapter=record.adapter_name or record.adapter,
+            adapter_version=record.adapter_version,
+        )
 
 
 class GalleryDetails(Model):
@@ -624,8 +657,9 @@ class GalleryDetails(Model):
             "pooling": "frame_attention",
             "tau": 2.0,
             "index": "flat",
+            "follows": "retrieval@prod",
             "created_at": "2025-11-20T12:00:00Z",
-            "history": [{"version": 3, "status": "ready", "live": True, "adapter": "retrieval"}],
+            "history": [{"version": 3, "status": "ready", "live": True, "adapter": "retrieval", "adapter_version": 2}],
         }
     )
 
@@ -640,13 +674,14 @@ class GalleryDetails(Model):
     pooling: str
     tau: float
     index: str
+    follows: str | None = Field(description="The alias it goes with, if any.")
     created_at: datetime
     history: list[GalleryVersion] = Field(description="All versions that were not deleted.")
 
     @classmethod
     def of(cls, manifest: GalleryManifest, view: Snapshot, versions: list[int]) -> "GalleryDetails":
         """From a version's manifest and a registry as whoever asks may see it; `versions` can be opened."""
-        by, live = manifest.adapter, view.live_version(manifest.name)
+        by, live, head = manifest.adapter, view.live_version(manifest.name), view.head(manifest.name)
         return cls(
             name=manifest.name,
             kind=manifest.kind,
@@ -659,6 +694,7 @@ class GalleryDetails(Model):
             pooling=manifest.pooling,
             tau=manifest.tau,
             index=manifest.index,
+            follows=None if head is None else head.follows,
             created_at=manifest.created_at,
             history=[GalleryVersion.of(record, live) for record in view.gallery_versions.get(manifest.name, ())],
         )

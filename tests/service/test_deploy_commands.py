@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from adapters.errors import AdapterBankError
 from service.cli import app
-from service.deploy_commands import OPERATION_FAILED, read_share
+from service.deploy_commands import OPERATION_FAILED, _line, read_share
 from service.folders import HomeFolders, open_registry
+from service.http.operator_schemas import OperationReply
 from service.lifecycle.writing import write_probed_package
 from tests.service.http.serving import served
 from tests.service.worlds import World, adapter_config, random_tensors
@@ -81,6 +82,9 @@ def test_a_push_that_fails_its_validation_ends_with_a_status_of_its_own(bank: Ba
 def test_a_canary_retiring_and_deleting(bank: Bank, tmp_path: Path) -> None:
     bank.run("push", bank.package(tmp_path / "a", 4), "--name", "ask")
     assert bank.run("promote", "ask", "2", "--traffic", "5%")["traffic"] == 0.05
+    (listed,) = bank.run("adapters", "ask")
+    assert (listed["aliases"], listed["canaries"]) == ({"prod": 1}, {"prod": {"version": 2, "traffic": 0.05}})
+    assert "ready  prod for 5 %" in CliRunner().invoke(app, ["adapters", "ask", *bank.place]).stdout
     assert bank.run("end-canary", "ask", "--expect", "2")["canary"] is None
     assert bank.run("retire", "ask", "2")["status"] == "retired"
     assert bank.run("reinstate", "ask", "2")["status"] == "ready"
@@ -101,6 +105,20 @@ def test_lines_for_people(bank: Bank, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*words, *bank.place])
         assert result.exit_code == 0 and result.stdout.strip(), words
     assert "new@1  vqa  rank 4  ready  prod" in CliRunner().invoke(app, ["adapters", *bank.place]).stdout
+
+
+def test_the_line_of_a_change_names_no_server_that_serves_it(bank: Bank, tmp_path: Path) -> None:
+    for seed in (7, 8):
+        bank.run("push", bank.package(tmp_path / str(seed), seed), "--name", "new")
+    for words in (["promote", "new", "2"], ["rollback", "new"]):
+        line = CliRunner().invoke(app, [*words, *bank.place]).stdout
+        assert "committed" in line and "not yet on" not in line
+
+
+def test_the_line_of_an_operation_tells_how_far_it_is() -> None:
+    fields = OperationReply.model_config["json_schema_extra"]["examples"][0]  # type: ignore[index,call-overload]
+    operation = OperationReply.model_validate(fields | {"progress": [17, 120], "waiting_for": []})
+    assert _line(operation) == "rollout 0f3a5c7e9b1d2f46: vqa@prod preparing, 6 -> 7; 17 of 120 items"
 
 
 def test_a_registry_that_is_gone_is_put_back(world: World, tmp_path: Path) -> None:

@@ -73,11 +73,14 @@ def test_a_gallery_is_built_listed_embedded_anew_and_deleted(bank: Bank) -> None
     assert (twice["id"], twice["to_version"]) == (again["id"], 3)
     rows = bank.run("list")
     assert [tuple(row.values()) for row in rows] == [
-        ("clips", 1, False, "find", "ready"),
-        ("clips", 2, False, "__base__", "ready"),
-        ("clips", 3, True, "find", "ready"),
+        ("clips", 1, False, "find", 1, None, "ready"),
+        ("clips", 2, False, "__base__", None, None, "ready"),
+        ("clips", 3, True, "find", 1, None, "ready"),
     ]
-    assert bank.invoke("list").stdout.splitlines()[2] == "clips v3  ready  find  live"
+    assert bank.invoke("list").stdout.splitlines()[1:] == [
+        "clips v2  ready  __base__",
+        "clips v3  ready  find@1  live",
+    ]
     assert "while it is live" in bank.refused("delete", "clips", "--version", "3")
     assert bank.run("delete", "clips", "--version", "1", "--reason", "old") == {"name": "clips", "versions": [1]}
     assert "not version 2 as expected" in bank.refused("delete", "clips", "--expect", "2")
@@ -106,6 +109,7 @@ def test_nobody_has_to_wait(bank: Bank) -> None:
     assert joined["status"] == "succeeded"
     if "--home" in bank.place:
         assert joined["id"] == started["id"]
+    assert bank.invoke("list").stdout.splitlines()[-1].endswith("ready  find@1  live, follows find@prod")
 
 
 def test_a_job_of_a_home_without_a_server_waits_and_can_be_aborted(world: World, tmp_path: Path) -> None:
