@@ -5,7 +5,8 @@
 Two replicas share the registry on that Redis (an unused namespace of it) and one folder of packages. Random adapters of
 the demo's backbone, or of `--backbone`, are asked about drawn pictures: Poisson arrivals at half of the rate at which the
 replicas are saturated, zipf popularity, one question in one connection each. Meanwhile packages that nobody saw before are
-pushed, promoted, served for a moment and rolled back, in five windows that alternate with quiet ones of the same length.
+pushed, promoted, served for a moment and rolled back, in five windows (fewer for fewer cycles) that alternate with quiet
+ones of the same length.
 
 Checked: no request fails; every score is that of the digest that answered, as computed alone beforehand (within 1e-4);
 every version that answered was live at some moment of its request, by the audit log and PROPAGATION_S more; the memory
@@ -265,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--redis", required=True, help="address of a Redis server")
     parser.add_argument("--backbone", type=Path, default=Path(service.demo.__file__).parent / "assets" / "backbone")
-    parser.add_argument("--cycles", type=int, default=100)
+    parser.add_argument("--cycles", type=int, default=100, help="how many packages are pushed, promoted, rolled back")
     parser.add_argument("--dwell-s", type=float, default=1.0, help="how long a promoted version is served")
     parser.add_argument("--saturation-s", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -315,7 +316,7 @@ def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> di
     watching.start()
     windows: list[tuple[float, float, float]] = []  # start of deploying, its end, end of the quiet time after it
     try:
-        for pair in range(NUM_PAIRS):
+        for pair in range(min(NUM_PAIRS, arguments.cycles)):
             began = time.time()
             for cycle in range(pair, arguments.cycles, NUM_PAIRS):
                 deploy(replicas, cycle, names[cycle % NUM_ADAPTERS], packages[NUM_ADAPTERS + cycle], arguments.dwell_s)
