@@ -227,7 +227,7 @@ class UniAdapter:
 
     def inject(self, features: Tensor, slot: SlotTensors, schedule: Schedule) -> Tensor:
         """See Family: never asked for, as there is no schedule."""
-        raise NotImplementedError("UniAdapter injects nothing")
+        raise AssertionError("a UniAdapter injects nothing. This is a bug.")
 
 
 def _blip(dims: BackboneDims) -> BlipDims:
