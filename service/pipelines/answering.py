@@ -7,7 +7,7 @@ from typing import Protocol
 from adapters.config import AdapterConfig, AnswerDecoding, Preprocessing
 from adapters.families.epalm import options_of
 from service.backbone.base import Backbone
-from service.backbone.cost import decode_cost, encoder_cost, language_cost, tokens_per_frame, vision_cost
+from service.backbone.cost import decode_cost, encoder_cost, tokens_per_frame, vision_cost
 from service.errors import BadQuery
 from service.loader import Pin
 from service.pipelines.blip import BlipStages, preprocessing_of, question_cost, text_limit
@@ -65,8 +65,13 @@ class Answering(Protocol):
     def max_answer_length(self) -> int:
         """Tokens of the longest candidate that can be scored."""
 
-    def cost(self, media: MediaSource, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
-        """Estimated operations of a request that writes so many rows of that length, starts included."""
+    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
+        """Estimated operations of a request that searches so far for an answer."""
+
+    def cost_of_ranking(
+        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+    ) -> float:
+        """Estimated operations of a request that scores the best k of the candidates."""
 
     async def generate(
         self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin, context: RequestContext
@@ -130,8 +135,18 @@ class BlipAnswering:
         assert stack is not None, "the pipeline required a decoder. This is a bug."
         return stack.max_positions
 
-    def cost(self, media: MediaSource, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
-        """See Answering. A gallery item may turn out cheaper, being cached."""
+    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
+        """See Answering."""
+        return self._cost(media, question, search.num_beams, search.max_length, pin)
+
+    def cost_of_ranking(
+        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+    ) -> float:
+        """See Answering."""
+        return self._cost(media, question, k, max(map(len, candidates)), pin)
+
+    def _cost(self, media: MediaSource, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
+        """Of writing so many rows of that length, [DEC] counted. A gallery item may turn out cheaper, being cached."""
         config, preprocessing = self.backbone.config, preprocessing_of(pin.config, self.backbone)
         frames = _num_frames(media, preprocessing)
         memory = frames * tokens_per_frame(config, preprocessing.resolution)
@@ -215,17 +230,27 @@ class OptAnswering:
         """See Answering."""
         return self._max_positions // 2
 
-    def cost(self, media: MediaSource, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
-        """See Answering."""
-        cost = language_cost(self.backbone.config.language_model, rows, length)
+    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
+        """See Answering. `max_length` counts the question, which every beam holds."""
+        return self._perceiving(pin) + self._stages.text_cost(search.num_beams, search.max_length, pin)[0]
+
+    def cost_of_ranking(
+        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+    ) -> float:
+        """See Answering. Each candidate is read behind the question."""
+        length = len(question.ids) + max(map(len, candidates))
+        return self._perceiving(pin) + self._stages.text_cost(k, length, pin)[0]
+
+    def _perceiving(self, pin: Pin) -> float:
+        """Estimated operations of the adapter's encoder; a gallery item may turn out cheaper, being cached."""
         if pin.config is None:
-            return cost
+            return 0.0
         options, preprocessing = options_of(pin.config), pin.config.preprocessing
         encoder = self.backbone.config.encoders[options.encoder]
         side = preprocessing.resolution if isinstance(preprocessing, Preprocessing) else 0
         frames = preprocessing.num_frames if isinstance(preprocessing, Preprocessing) else 1
         shape = (3, side, side) if ENCODER_OF["image"] == options.encoder else (frames, 3, side, side)
-        return cost + encoder_cost(encoder, shape)[0]
+        return encoder_cost(encoder, shape)[0]
 
     async def generate(
         self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin, context: RequestContext

@@ -99,22 +99,21 @@ class OptStages(StageRunner[Perceived]):
 
     async def generate(self, text: ContinueInput, pin: Pin, context: RequestContext) -> GenerateOutput:
         """What the language model goes on with."""
-        length = self._num_columns(pin, max(text.max_length, len(text.start_ids) + 1))
-        cost = language_cost(self.backbone.config.language_model, text.num_beams, length)
+        cost, tokens = self.text_cost(text.num_beams, max(text.max_length, len(text.start_ids) + 1), pin)
         shape = (text.num_beams, self._tail(pin))
-        output = await self.run("generate", text, shape, text.num_beams, text.num_beams * length, cost, pin, context)
+        output = await self.run("generate", text, shape, text.num_beams, tokens, cost, pin, context)
         return cast(GenerateOutput, output)
 
     async def rank(self, text: ChooseInput, pin: Pin, context: RequestContext) -> RankOutput:
         """The best of what may follow."""
         rows = min(text.k, len(text.candidates))
-        length = self._num_columns(pin, len(text.start_ids) + max(map(len, text.candidates)))
-        cost = language_cost(self.backbone.config.language_model, rows, length)
-        return cast(RankOutput, await self.run("rank", text, (), rows, rows * length, cost, pin, context))
+        cost, tokens = self.text_cost(rows, len(text.start_ids) + max(map(len, text.candidates)), pin)
+        return cast(RankOutput, await self.run("rank", text, (), rows, tokens, cost, pin, context))
 
-    def _num_columns(self, pin: Pin, num_tokens: int) -> int:
-        """Tokens of a row: the extra one, the prompt's, the text's."""
-        return 1 + (0 if pin.config is None else options_of(pin.config).prompt_len) + num_tokens
+    def text_cost(self, rows: int, length: int, pin: Pin) -> tuple[float, int]:
+        """Rows of so many text tokens, with the extra token and the prompt before each: estimated operations, and tokens."""
+        columns = 1 + (0 if pin.config is None else options_of(pin.config).prompt_len) + length
+        return language_cost(self.backbone.config.language_model, rows, columns), rows * columns
 
     def _tail(self, pin: Pin) -> int:
         """From which layer on the extra token goes on by itself: those that do so from different ones are kept apart."""

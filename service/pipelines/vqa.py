@@ -88,7 +88,7 @@ class VqaPipeline:
     ) -> VqaAnswer:
         search = way.search(decode, question, pin)
         medium = await self._medium(media, context)
-        with self._admission.permit(way.cost(media, question, search.num_beams, search.max_length, pin)):
+        with self._admission.permit(way.cost_of_generating(media, question, search, pin)):
             hypotheses = await way.generate(medium, question, search, pin, context)
         options = [Alternative(way.backbone.detokenize(h.ids), h.score) for h in hypotheses]
         return VqaAnswer(options[0].answer, options[0].score, None, tuple(options[1:]), pin.info, question.warnings)
@@ -105,7 +105,7 @@ class VqaPipeline:
         candidates, texts = await asyncio.to_thread(self._candidates, decode, way, pin)
         medium = await self._medium(media, context)
         k = min(decode.k or way.decoding(pin).rank_k, len(candidates))
-        with self._admission.permit(way.cost(media, question, k, max(map(len, candidates)), pin)):
+        with self._admission.permit(way.cost_of_ranking(media, question, candidates, k, pin)):
             ranked = await way.rank(medium, question, candidates, k, pin, context)
         order = sorted(range(k), key=lambda place: (-ranked.scores[place], ranked.indices[place]))
         options = [Alternative(texts[ranked.indices[i]], ranked.scores[i], ranked.indices[i]) for i in order]

@@ -239,6 +239,33 @@ def test_without_an_adapter_a_language_model_says_that_it_saw_nothing(both: Both
         assert one.warnings == (UNSEEN,)
 
 
+@pytest.mark.parametrize("decode", [GenerateDecode(2), RankDecode(ANSWERS, k=3)], ids=["generate", "rank"])
+@pytest.mark.parametrize("name", ["see", "watch", "listen", "ask"])
+def test_a_request_is_admitted_for_what_its_jobs_cost(
+    both: Both, monkeypatch: pytest.MonkeyPatch, name: str, decode: Any
+) -> None:
+    """A question weighs in every row that is run behind it, a soft prompt too."""
+    runtime = both.service.runtime
+    admitted, run, permit, submit = [], [], runtime.admission.permit, runtime.engine.submit
+
+    def noted(cost: float) -> Any:
+        admitted.append(cost)
+        return permit(cost)
+
+    def counted(job: Any) -> Any:
+        run.append(job.cost)
+        return submit(job)
+
+    monkeypatch.setattr(runtime.admission, "permit", noted)
+    monkeypatch.setattr(runtime.engine, "submit", counted)
+    both.answer(name, decode)
+    both.answer(name, decode, question="what colour is the big red circle at the left?")
+    assert len(run) == 4
+    assert admitted == pytest.approx([sum(run[:2]), sum(run[2:])])
+    if isinstance(decode, RankDecode):
+        assert admitted[1] > admitted[0]
+
+
 # --- both at once --------------------------------------------------------------------------------------------
 
 
