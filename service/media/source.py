@@ -14,11 +14,13 @@ from service.errors import BadMedia, CorruptMedia, MediaTooLarge, MissingMedia, 
 
 MediaSource = bytes | Path
 MediaKind = Literal["image", "video"]
+AnyMediaKind = Literal["image", "video", "audio"]
 PictureFormat = Literal["JPEG", "PNG", "WEBP"]
 ClipFormat = Literal["mp4", "matroska", "avi"]
 SoundFormat = Literal["wav", "flac", "ogg", "mp3", "aac", "mp4", "matroska"]
 
 _IMAGE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx "}
+_SOUND_BRANDS = {b"ftypM4A ", b"ftypM4B "}
 _MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}
 
 
@@ -85,6 +87,13 @@ def media_kind(data: bytes) -> MediaKind | None:
     if picture_format(data):
         return "image"
     return "video" if clip_format(data) else None
+
+
+def any_media_kind(data: bytes) -> AnyMediaKind | None:
+    """The same with sounds. A container that may hold pictures is a clip, but for MP4s that call themselves M4A."""
+    if data[4:12] in _SOUND_BRANDS:
+        return "audio"
+    return media_kind(data) or ("audio" if sound_format(data) else None)
 
 
 def read_source(source: MediaSource, limits: MediaLimits) -> bytes:

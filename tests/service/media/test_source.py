@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from service.errors import MediaTooLarge, MissingMedia, UnsupportedMedia
-from service.media import MediaLimits, decode_image, media_kind
+from service.media import MediaLimits, any_media_kind, decode_image, media_kind
 from service.media.picture import Preprocessing
 from service.media.source import read_source
-from tests.service.media.clips import make_clip
+from tests.service.media.clips import make_clip, make_sound
+from tests.service.media.sounds import make_sound_file, tone
 
 LIMITS = MediaLimits(max_bytes=100)
 
@@ -46,6 +47,29 @@ def test_clips_are_recognised(container: str, codec: str) -> None:
 )
 def test_other_bytes_are_not(data: bytes) -> None:
     assert media_kind(data) is None
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        ("wav", "pcm_s16le"),
+        ("flac", "flac"),
+        ("ogg", "libopus"),
+        ("mp3", "libmp3lame"),
+        ("adts", "aac"),
+        ("ipod", "aac"),
+    ],
+)
+def test_sounds_are_recognised_where_they_are_asked_for(container: str, codec: str) -> None:
+    rate = 48_000 if codec == "libopus" else 16_000
+    sound = make_sound_file(tone(440, 0.2, rate), container=container, codec=codec, rate=rate)
+    assert any_media_kind(sound[:12]) == "audio"
+
+
+def test_pictures_and_clips_stay_what_they_are_beside_sounds() -> None:
+    assert any_media_kind(picture("PNG")) == any_media_kind(picture("JPEG")) == "image"
+    assert any_media_kind(make_clip(num_frames=2)) == any_media_kind(make_sound("mp4")) == "video"
+    assert any_media_kind(b"hello, this is text") is None
 
 
 def test_bytes_above_the_limit_are_refused() -> None:
