@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from adapters.errors import AdapterBankError
-from service import deploy_commands, gallery_commands, logs
+from service import deploy_commands, gallery_commands, logs, train_commands
 from service.config import Settings
 
 log = logging.getLogger("service.cli")  # as a program its name is __main__
@@ -26,6 +26,7 @@ key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=Tr
 demo_app = typer.Typer(help="Sample and evaluate the drawn demo world.", no_args_is_help=True)
 app.add_typer(deploy_commands.app)
 app.add_typer(import_app, name="import")
+app.add_typer(train_commands.app)
 app.add_typer(gallery_commands.app, name="gallery")
 app.add_typer(key_app, name="key")
 app.add_typer(demo_app, name="demo")
@@ -269,80 +270,6 @@ def _answers(path: Path | None) -> tuple[str, ...]:
     if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
         raise ConversionError(f"{path} is no JSON list of strings", param="answers")
     return tuple(listed)
-
-
-# --- adapters ----------------------------------------------------------------------------------------------
-
-
-@app.command()
-def train(
-    backbone: Annotated[Path, typer.Option(help="Backbone folder to train for; it is not changed.")],
-    task: Annotated[str, typer.Option(help="retrieval, or vqa.")],
-    data: Annotated[
-        Path, typer.Option(help='JSON lines: {"file", "caption"}, or {"file", "question", "answer" or "answers"}.')
-    ],
-    out: Annotated[Path, typer.Option(help="Package folder to write.")],
-    rank: Annotated[int | None, typer.Option(help="Width of the bottleneck; default 128.")] = None,
-    kv_rank: Annotated[int | None, typer.Option(help="Width of key and value adapters; default none.")] = None,
-    frame_aware: Annotated[bool | None, typer.Option(help="Clips: weigh frames by their likeness to the text.")] = None,
-    heads: Annotated[bool | None, typer.Option(help="Retrieval: tune own projection and matching heads.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default 1000.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Lines of a step; default 16.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak, after the warm-up; default 1e-4.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames taken of a clip; default 8.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels a side; default the backbone's own.")] = None,
-    queue_size: Annotated[int | None, typer.Option(help="Retrieval: earlier pairs as negatives; default 0.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides the start and the order; default 0.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="The run's state, to go on from; default OUT.ckpt.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default 100.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto (the default).")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 (the default), or bfloat16 for the products.")] = None,
-    media_workers: Annotated[int | None, typer.Option(help="Processes that decode media; default 2.")] = None,
-    cache_mib: Annotated[int | None, typer.Option(help="Memory for decoded media; default 2048.")] = None,
-) -> None:
-    """Fine-tune an adapter and write its package. Started again, it goes on where it was stopped."""
-    from service.train import TrainOptions
-    from service.train import train as run_training
-
-    options = TrainOptions.load(
-        backbone=backbone,
-        task=task,
-        data=data,
-        out=out,
-        rank=rank,
-        kv_rank=kv_rank,
-        frame_aware=frame_aware,
-        heads=heads,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_frames=num_frames,
-        resolution=resolution,
-        queue_size=queue_size,
-        seed=seed,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        device=device,
-        precision=precision,
-        media_workers=media_workers,
-        cache_mib=cache_mib,
-    )
-    run_training(options)
-    print(f"next: adapter-bank push {out} --name NAME")
-
-
-@app.command()
-def probe(
-    package: Annotated[Path, typer.Argument(help="Package folder.")],
-    backbone: Annotated[Path, typer.Option(help="Backbone folder it was made for.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write instead; default: in place.")] = None,
-) -> None:
-    """Give a package made elsewhere its probe, or renew the one it has."""
-    from service.backbone.folder import load_backbone
-    from service.lifecycle.writing import renew_probe
-
-    written = renew_probe(package, load_backbone(backbone), out)
-    print(f"wrote {written.path}: with a probe, {written.weights_digest}")
 
 
 # --- keys --------------------------------------------------------------------------------------------------
