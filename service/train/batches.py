@@ -10,10 +10,6 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from adapters.training.data import AnswerBatch, RetrievalBatch
-from service.train.examples import Example
-from service.train.pixels import PixelStore
-
 B = TypeVar("B")
 
 
@@ -69,42 +65,6 @@ class Ahead(Generic[B]):
 
     def __exit__(self, *exc_info: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of examples. `pad` fills up ids."""
-
-    examples: Sequence[Example]
-    store: PixelStore
-    pad: int
-
-    def retrieval(self, rows: Sequence[int]) -> RetrievalBatch:
-        """Pairs; those of one file match each other."""
-        chosen = [self.examples[row] for row in rows]
-        files = [example.file for example in chosen]
-        ids, mask = padded([example.ids for example in chosen], self.pad)
-        return RetrievalBatch(self.store.pixels(files), ids, mask, torch.tensor(files))
-
-    def answers(self, rows: Sequence[int]) -> AnswerBatch:
-        """Questions with all their answers. Weights are such that the loss is a mean over questions."""
-        chosen = [self.examples[row] for row in rows]
-        files = list(dict.fromkeys(example.file for example in chosen))
-        pixels = self.store.pixels(files)
-        num_pictures = pixels.shape[0] * pixels.shape[1]  # what the loss divides by
-        question_ids, question_mask = padded([example.ids for example in chosen], self.pad)
-        answer_ids, answer_mask = padded([ids for example in chosen for ids in example.answers], self.pad)
-        weights = torch.tensor([weight for example in chosen for weight in example.weights])
-        return AnswerBatch(
-            pixels,
-            question_ids,
-            question_mask,
-            torch.tensor([files.index(example.file) for example in chosen]),
-            answer_ids,
-            answer_mask,
-            torch.tensor([question for question, example in enumerate(chosen) for _ in example.answers]),
-            weights * (num_pictures / len(chosen)),
-        )
 
 
 def padded(texts: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Protocol, Self
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from adapters.config import Strict, Task, describe
 from adapters.errors import ConversionError
-from service.backbone.blip_backbone import BlipBackbone
+from service.backbone.base import TokenizedText
 
 MAX_ANSWER_TOKENS = 64
+MAX_ANSWERS = 20_000  # candidates a package lists; the service takes no more by default
+Part = Literal["caption", "question", "answer"]
+
+
+class Texts(Protocol):
+    """How a family of adapters reads the texts of a line."""
+
+    def tokenize(self, part: Part, text: str) -> TokenizedText:
+        """The tokens of a part, whatever it starts and ends with included. Raises: MissingPart without a tokenizer."""
+
+    def limit(self, part: Part) -> int:
+        """How many of them it may have."""
 
 
 class _Line(Strict):
@@ -88,7 +100,7 @@ class Examples:
 class _Reader:
     """Collects examples, and what is counted over all of them."""
 
-    backbone: BlipBackbone
+    texts: Texts
     folder: Path
     examples: list[Example] = field(default_factory=list)
     files: dict[Path, int] = field(default_factory=dict)
@@ -101,42 +113,26 @@ class _Reader:
             raise ConversionError("'file' is no path")
         path = Path(os.path.abspath(self.folder / line.file))
         if isinstance(line, _CaptionLine):
-            ids, answers, weights = self._text("caption", line.caption), [], []
+            ids, answers, weights = self._tokens("caption", line.caption), [], []
         else:
             weighted = line.weighted()
-            ids = self._text("question", line.question)
-            answers, weights = [self._answer(answer) for answer in weighted], list(weighted.values())
+            ids = self._tokens("question", line.question)
+            answers, weights = [self._tokens("answer", answer) for answer in weighted], list(weighted.values())
             self.answers.update(weighted.keys())
         file = self.files.setdefault(path, len(self.files))
         self.examples.append(Example(number, file, ids, tuple(answers), tuple(weights)))
 
-    def _text(self, name: str, text: str) -> tuple[int, ...]:
-        return self._tokens(name, text, text_limit(self.backbone))
-
-    def _answer(self, text: str) -> tuple[int, ...]:
-        stack = self.backbone.config.decoder
-        assert stack is not None, "the caller required a decoder. This is a bug."
-        ids = self._tokens("answer", text, min(MAX_ANSWER_TOKENS, stack.max_positions))
-        return (self.backbone.config.special_ids.bos, *ids[1:])
-
-    def _tokens(self, name: str, text: str, limit: int) -> tuple[int, ...]:
+    def _tokens(self, part: Part, text: str) -> tuple[int, ...]:
         if not text.strip():
-            raise ConversionError(f"{name!r} is empty")
-        tokens = self.backbone.tokenize(text)
+            raise ConversionError(f"{part!r} is empty")
+        tokens, limit = self.texts.tokenize(part, text), self.texts.limit(part)
         if len(tokens.ids) > limit:
-            raise ConversionError(f"{name!r} has {len(tokens.ids)} tokens; at most {limit} are allowed")
+            raise ConversionError(f"{part!r} has {len(tokens.ids)} tokens; at most {limit} are allowed")
         self.unknown.update(tokens.unknown)
         return tokens.ids
 
 
-def text_limit(backbone: BlipBackbone) -> int:
-    """How many tokens a caption or question may have."""
-    stack = backbone.config.text_encoder
-    assert stack is not None, "the caller required a text encoder. This is a bug."
-    return min(backbone.manifest.max_text_tokens, stack.max_positions)
-
-
-def read_examples(manifest: Path, task: Task, backbone: BlipBackbone) -> Examples:
+def read_examples(manifest: Path, task: Task, texts: Texts) -> Examples:
     """Read JSON lines {"file", "caption"} or {"file", "question", "answer" | "answers", "weights"?}.
 
     Files are relative to the manifest's folder. Raises: ConversionError with the number of the line.
@@ -145,8 +141,8 @@ def read_examples(manifest: Path, task: Task, backbone: BlipBackbone) -> Example
         data = manifest.read_bytes()
     except OSError as error:
         raise ConversionError(f"cannot read {manifest}: {error.strerror}", param="data") from error
-    model: type[_CaptionLine | _QuestionLine] = _CaptionLine if task == "retrieval" else _QuestionLine
-    reader = _Reader(backbone, manifest.absolute().parent)
+    model: type[_CaptionLine | _QuestionLine] = _QuestionLine if task == "vqa" else _CaptionLine
+    reader = _Reader(texts, manifest.absolute().parent)
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             with _line_errors(f"{manifest.name} line {number}"):

@@ -11,7 +11,8 @@ from service.config import InvalidSettings
 
 
 class TrainOptions(Strict):
-    """One run. `checkpoint` None: OUT.ckpt, beside the package; `resolution` None: the backbone's own.
+    """One run. None stands for what is usual: `checkpoint` OUT.ckpt beside the package, `resolution` the backbone's own,
+    `learning_rate` and `num_frames` the family's.
 
     `heads` (retrieval): tune a copy of the projection and matching heads too. `queue_size` (retrieval): earlier pairs kept
     as negatives. `cache_mib`: memory for decoded media. `checkpoint_every` is in steps.
@@ -27,8 +28,8 @@ class TrainOptions(Strict):
     heads: bool = True
     steps: int = Field(default=1000, gt=0)
     batch_size: int = Field(default=16, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    num_frames: int = Field(default=8, gt=0, le=256)
+    learning_rate: float | None = Field(default=None, gt=0)
+    num_frames: int | None = Field(default=None, gt=0, le=256)
     resolution: int | None = Field(default=None, gt=0, le=2048)
     queue_size: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
@@ -71,9 +72,8 @@ class TrainOptions(Strict):
         return self.checkpoint_file.with_name(f"{self.checkpoint_file.name}.quarantine.json")
 
     def numeric(self) -> dict[str, JsonValue]:
-        """The options that decide the numbers, beside those `fit` records itself."""
-        names = {"task", "rank", "kv_rank", "frame_aware", "heads", "batch_size", "queue_size", "seed", "precision"}
-        return self.model_dump(mode="json", include=names)
+        """The options of every family that decide the numbers, beside those `fit` records itself and the package's config."""
+        return self.model_dump(mode="json", include={"task", "batch_size", "seed", "precision"})
 
 
 def pick_device(name: str) -> torch.device:

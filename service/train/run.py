@@ -1,6 +1,8 @@
 """One training run, from a manifest to a package.
 
-    read_examples -> check (every file decoded once) -> batches, one ahead -> fit -> write_probed_package
+    read_examples -> one kind of media -> check (every file decoded once) -> batches, one ahead -> fit -> write_probed_package
+
+What belongs to a family of adapters is behind `FamilyTraining`.
 
 Which examples a step sees follows from the seed and the step alone, so a run that was stopped goes on, from its
 checkpoint, to the very parameters it would have had.
@@ -14,28 +16,25 @@ import torch
 from pydantic import JsonValue
 from tqdm import tqdm
 
-from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
+from adapters.config import AdapterConfig
 from adapters.errors import Conflict, ConversionError
-from adapters.families.base import HEADS
-from adapters.families.uniadapter import UniAdapterOptions
 from adapters.package import Package
-from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
-from adapters.training.loop import FitOptions, Objective, Progress, fit
-from adapters.training.objectives import RetrievalSettings
-from service.backbone.blip_backbone import TASK_PARTS, BlipBackbone
+from adapters.training.adapter import TrainableAdapter
+from adapters.training.loop import FitOptions, Progress, fit
+from service.backbone.base import Backbone
 from service.backbone.folder import load_blip
-from service.config import MIB, InvalidSettings
 from service.errors import BadMedia
 from service.lifecycle.writing import write_probed_package
-from service.media import MediaLimits, MediaWorkers
-from service.train.batches import Ahead, Batches, Plan
-from service.train.examples import Example, Examples, read_examples, text_limit
+from service.media import AnyMediaKind, MediaLimits, MediaWorkers
+from service.train.batches import Ahead, Plan
+from service.train.examples import Example, Examples, read_examples
+from service.train.family import FamilyTraining
+from service.train.media import IN_FLIGHT, MediaStore, kind_of, shared_kind
 from service.train.options import TrainOptions, pick_device
-from service.train.pixels import IN_FLIGHT, PixelStore
 from service.train.quarantine import Quarantine
+from service.train.uniadapter import UniAdapterTraining
 
 MAX_BROKEN_SHARE = 0.05
-MAX_ANSWERS = 20_000  # candidates a package lists; the service takes no more by default
 MAX_LISTED = 10
 MEAN_DECAY = 0.98
 
@@ -58,35 +57,39 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
         raise Conflict(f"{options.out} exists and is not an empty folder", param="out")
     backbone = load_blip(options.backbone, device=str(pick_device(options.device)))
     backbone.require(options.task)
-    _check_resolution(options, backbone)
-    examples = read_examples(options.data, options.task, backbone)
-    config = package_config(options, backbone, examples)
-    heads, device = backbone.head_tensors(), backbone.device
-    adapter = TrainableAdapter(config, backbone.dims(), heads, seed=options.seed, device=device)
-    tuned = _tuned_share(adapter, backbone)
+    family: FamilyTraining[Any] = UniAdapterTraining(options, backbone)
+    examples = read_examples(options.data, options.task, family.texts)
     say(f"{options.data.name}: {len(examples.examples):,} examples of {len(examples.files):,} files")
-    say(f"tuning {tuned}, on {device}")
+    quarantine = Quarantine.read(options.quarantine_file, examples) if options.checkpoint_file.exists() else None
+    kind, broken = _kind(examples, family, quarantine)
+    if kind is None:
+        raise _too_many(options, _list_broken(options, examples, broken, say))
+    config = family.config(examples, kind)
+    adapter = TrainableAdapter(
+        config, backbone.dims(), backbone.head_tensors(), seed=options.seed, device=backbone.device
+    )
+    tuned = _tuned_share(adapter, backbone)
+    say(f"tuning {tuned}, on {backbone.device}")
     _say_unknown(examples, say)
     with MediaWorkers(options.media_workers, MediaLimits(), max_queued=options.batch_size + IN_FLIGHT) as workers:
-        store = PixelStore(examples.files, config.pixels, workers, max_bytes=options.cache_mib * MIB)
-        quarantine = _quarantine(options, examples, store, say)
+        store = family.store(config, examples.files, kind, workers)
+        if quarantine is None:
+            quarantine = _quarantine(options, examples, _check(examples, store, broken), say)
         usable = _usable(options, examples, quarantine)
-        store.trust(usable[0].file)
-        batches = Batches(usable, store, backbone.config.special_ids.pad)
         try:
-            losses = _fit(options, backbone, adapter, batches, quarantine, say)
+            losses = _fit(options, backbone, family, adapter, usable, store, quarantine, say)
         except KeyboardInterrupt:
             if options.checkpoint_file.exists():
                 say(f"stopped; the same command goes on from {options.checkpoint_file}")
             raise
-    config = config.model_copy(update={"provenance": _provenance(options, examples, quarantine)})
-    card = model_card(options, config, tuned, len(usable), losses)
+    config = config.model_copy(update={"provenance": _provenance(options, family, examples, quarantine)})
+    card = model_card(options, family, config, tuned, len(usable), losses)
     package = write_probed_package(options.out, config, adapter.package_tensors(), card, backbone)
-    say(f"wrote {options.out}: {options.task}, rank {options.rank}, {package.weights_digest}")
+    say(f"wrote {options.out}: {options.task}, {config.family} of rank {config.rank}, {package.weights_digest}")
     return package
 
 
-def _tuned_share(adapter: TrainableAdapter, backbone: BlipBackbone) -> str:
+def _tuned_share(adapter: TrainableAdapter, backbone: Backbone) -> str:
     """How much of the backbone's size is tuned, in words."""
     num_frozen = sum(p.numel() for p in backbone.model.parameters())
     share = 100 * adapter.num_parameters / num_frozen
@@ -102,53 +105,9 @@ def _say_unknown(examples: Examples, say: Say) -> None:
 # --- what will be written -------------------------------------------------------------------------------------------------
 
 
-def _check_resolution(options: TrainOptions, backbone: BlipBackbone) -> None:
-    patch = backbone.config.vision.patch
-    if options.resolution is not None and options.resolution % patch:
-        raise InvalidSettings(f"{options.resolution} is no multiple of the patch size {patch}", param="resolution")
-
-
-def package_config(options: TrainOptions, backbone: BlipBackbone, examples: Examples) -> AdapterConfig:
-    """The config of the package to be, provenance aside."""
-    dims = backbone.dims()
-    family = UniAdapterOptions(kv_rank=options.kv_rank, frame_aware_attention=options.frame_aware)
-    tuned_heads = HEADS if options.is_retrieval and options.heads else ()
-    used_heads = HEADS if options.is_retrieval and not options.heads else ()
-    return AdapterConfig(
-        family="uniadapter",
-        task=options.task,
-        rank=options.rank,
-        options=family.model_dump(mode="json"),
-        heads=tuned_heads,
-        backbone=BackboneRef(
-            architecture="blip",
-            width=dims.width,
-            layers=dims.layers,
-            parts={part: backbone.parts[part] for part in (*TASK_PARTS[options.task], *used_heads)},
-        ),
-        preprocessing=Preprocessing(
-            resolution=options.resolution or backbone.manifest.resolution, num_frames=options.num_frames
-        ),
-        max_text_tokens=text_limit(backbone),
-        decoding=None if options.is_retrieval else _decoding(backbone, examples),
-    )
-
-
-def _decoding(backbone: BlipBackbone, examples: Examples) -> AnswerDecoding:
-    """Candidates are the answers trained on; a generated answer may be as long as the longest of them."""
-    decoder = backbone.config.decoder
-    assert decoder is not None, "the caller required a decoder. This is a bug."
-    longest = max(len(ids) for example in examples.examples for ids in example.answers)
-    answers = examples.answers[:MAX_ANSWERS]
-    return AnswerDecoding(
-        answers=answers,
-        rank_k=min(AnswerDecoding().rank_k, len(answers)),
-        max_length=min(max(AnswerDecoding().max_length, longest), decoder.max_positions),
-    )
-
-
-def _provenance(options: TrainOptions, examples: Examples, quarantine: Quarantine) -> dict[str, JsonValue]:
-    names = {"steps", "batch_size", "learning_rate", "queue_size", "seed", "precision"}
+def _provenance(
+    options: TrainOptions, family: FamilyTraining[Any], examples: Examples, quarantine: Quarantine
+) -> dict[str, JsonValue]:
     return {
         "source": "adapter-bank train",
         "data": {
@@ -158,27 +117,30 @@ def _provenance(options: TrainOptions, examples: Examples, quarantine: Quarantin
             "files": quarantine.files,
             "quarantined": len(quarantine.quarantined),
         },
-        **options.model_dump(mode="json", include=names),
+        **options.model_dump(mode="json", include={"steps", "batch_size", "seed", "precision"}),
+        "learning_rate": family.learning_rate,
+        **family.numeric(),
     }
 
 
 def model_card(
-    options: TrainOptions, config: AdapterConfig, tuned: str, num_examples: int, losses: Mapping[str, float]
+    options: TrainOptions,
+    family: FamilyTraining[Any],
+    config: AdapterConfig,
+    tuned: str,
+    num_examples: int,
+    losses: Mapping[str, float],
 ) -> str:
     """README.md of the package."""
-    preprocessing = config.pixels
     rows = {
         "task": options.task,
-        "family": f"{config.family}, rank {options.rank}, key/value rank {options.kv_rank or 'none'}",
+        **family.card_rows(config),
         "tuned": tuned,
-        "input": f"{preprocessing.resolution} px; {preprocessing.num_frames} frames of a clip",
         "data": f"{options.data.name}, {num_examples:,} examples",
-        "training": f"{options.steps:,} steps of {options.batch_size}, learning rate up to {options.learning_rate:g}",
+        "training": f"{options.steps:,} steps of {options.batch_size}, learning rate up to {family.learning_rate:g}",
         "last losses": ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) or "not recorded",
     }
-    if options.is_retrieval:
-        rows["heads"] = ", ".join(config.heads) or "the backbone's own"
-    if config.decoding is not None:
+    if config.decoding is not None and config.decoding.answers:
         rows["answers"] = f"{len(config.decoding.answers):,} candidates"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
@@ -190,26 +152,50 @@ def model_card(
 # --- data -----------------------------------------------------------------------------------------------------------------
 
 
-def _quarantine(options: TrainOptions, examples: Examples, store: PixelStore, say: Say) -> Quarantine:
-    """What is left out: as the run found it when it began, or finds it now. Raises: BadMedia above 5 %."""
-    written = Quarantine.read(options.quarantine_file, examples) if options.checkpoint_file.exists() else None
-    if written is not None:
-        return written
-    with tqdm(total=len(examples.files), desc="decoding", unit="file", disable=None) as bar:
-        found = Quarantine.of(examples, store.check(examples.lines_of, bar.update))
-    found.write(options.quarantine_file)
-    broken = found.quarantined
-    for entry in broken[:MAX_LISTED]:
-        say(f"left out: {entry.file} (line {entry.lines[0]}): {entry.reason}")
-    if len(broken) > MAX_BROKEN_SHARE * found.files:
-        raise BadMedia(
-            f"{len(broken)} of {found.files} files cannot be used, more than {100 * MAX_BROKEN_SHARE:.0f} %; all are "
-            f"listed in {options.quarantine_file}",
-            param="data",
-        )
-    if broken:
-        say(f"{len(broken)} of {found.files} files are left out and listed in {options.quarantine_file}")
+def _kind(
+    examples: Examples, family: FamilyTraining[Any], written: Quarantine | None
+) -> tuple[AnyMediaKind | None, dict[int, str]]:
+    """The kind of media, and why some files are of none; an earlier check's word is taken for all but the first.
+
+    Raises: ConversionError where kinds are mixed; BadMedia, MissingMedia for what was fine when it was checked.
+    """
+    if written is None:
+        return shared_kind(examples.files, family.kinds, examples.lines_of)
+    usable = next((one for one in examples.examples if one.line not in written.lines), examples.examples[0])
+    return kind_of(examples.files[usable.file], family.kinds), {}
+
+
+def _check(examples: Examples, store: MediaStore[Any], broken: Mapping[int, str]) -> dict[int, str]:
+    """Why some files cannot be used, beside those that are known to be `broken`."""
+    others = [file for file in range(len(examples.files)) if file not in broken]
+    with tqdm(total=len(examples.files), initial=len(broken), desc="decoding", unit="file", disable=None) as bar:
+        return {**broken, **store.check(others, bar.update)}
+
+
+def _quarantine(options: TrainOptions, examples: Examples, broken: Mapping[int, str], say: Say) -> Quarantine:
+    """What is left out from now on. Raises: BadMedia above 5 %."""
+    found = _list_broken(options, examples, broken, say)
+    if len(found.quarantined) > MAX_BROKEN_SHARE * found.files:
+        raise _too_many(options, found)
+    if found.quarantined:
+        say(f"{len(found.quarantined)} of {found.files} files are left out and listed in {options.quarantine_file}")
     return found
+
+
+def _list_broken(options: TrainOptions, examples: Examples, broken: Mapping[int, str], say: Say) -> Quarantine:
+    found = Quarantine.of(examples, broken)
+    found.write(options.quarantine_file)
+    for entry in found.quarantined[:MAX_LISTED]:
+        say(f"left out: {entry.file} (line {entry.lines[0]}): {entry.reason}")
+    return found
+
+
+def _too_many(options: TrainOptions, found: Quarantine) -> BadMedia:
+    return BadMedia(
+        f"{len(found.quarantined)} of {found.files} files cannot be used, more than {100 * MAX_BROKEN_SHARE:.0f} %; all are "
+        f"listed in {options.quarantine_file}",
+        param="data",
+    )
 
 
 def _usable(options: TrainOptions, examples: Examples, quarantine: Quarantine) -> list[Example]:
@@ -225,63 +211,52 @@ def _usable(options: TrainOptions, examples: Examples, quarantine: Quarantine) -
 
 def _fit(
     options: TrainOptions,
-    backbone: BlipBackbone,
+    backbone: Backbone,
+    family: FamilyTraining[Any],
     adapter: TrainableAdapter,
-    batches: Batches,
+    usable: Sequence[Example],
+    store: MediaStore[Any],
     quarantine: Quarantine,
     say: Say,
 ) -> dict[str, float]:
     """Fit the adapter; returns running means of its last losses, empty when nothing was left to do."""
-    plan = Plan(len(batches.examples), options.batch_size, options.seed)
-    make: Callable[[Sequence[int]], Any] = batches.retrieval if options.is_retrieval else batches.answers
+    plan = Plan(len(usable), options.batch_size, options.seed)
+    config = adapter.config
     schedule = FitOptions(
         steps=options.steps,
-        learning_rate=options.learning_rate,
+        learning_rate=family.learning_rate,
+        weight_decay=family.weight_decay,
         warmup_steps=min(FitOptions.warmup_steps, options.steps // 10),
         checkpoint_every=options.checkpoint_every,
     )
     settings: dict[str, JsonValue] = {
         **options.numeric(),
+        **family.numeric(),
+        **config.options,
+        "rank": config.rank,
+        "heads": [*config.heads],
         "backbone": backbone.digest,
         "data": quarantine.data,
-        "preprocessing": adapter.config.preprocessing.model_dump(mode="json"),
+        "preprocessing": config.preprocessing.model_dump(mode="json"),
         "lines_left_out": [*sorted(quarantine.lines)],
     }
     if options.checkpoint_file.exists():
         say(f"going on from {options.checkpoint_file}")
     with (
-        Ahead(lambda step: make(plan.rows(step)), options.steps) as ahead,
+        Ahead(family.batches(usable, store, plan), options.steps) as ahead,
         _Report(options.steps, say) as report,
     ):
         fit(
             adapter.parameters,
-            _objective(options, backbone, adapter, ahead, plan),
+            family.objective(adapter, lambda step: ahead(step).to(backbone.device), plan),
             schedule,
             checkpoint=options.checkpoint_file,
             settings=settings,
             report=report,
             context=_precision(options, backbone.device),
+            rate_of=family.rate_of,
         )
     return report.means
-
-
-def _objective(
-    options: TrainOptions, backbone: BlipBackbone, adapter: TrainableAdapter, batches: Callable[[int], Any], plan: Plan
-) -> Objective:
-    def on_device(step: int) -> Any:
-        return batches(step).to(backbone.device)
-
-    if not options.is_retrieval:
-        return AnswerTraining(backbone.model, adapter, on_device)
-    return RetrievalTraining(
-        backbone.model,
-        adapter,
-        on_device,
-        RetrievalSettings(frame_aware=options.frame_aware),
-        ramp_steps=plan.steps_per_epoch,  # the released trainer's: soft targets have their full weight after one epoch
-        queue_size=options.queue_size,
-        seed=options.seed,
-    )
 
 
 def _precision(options: TrainOptions, device: torch.device) -> Callable[[], AbstractContextManager[object]]:

@@ -10,16 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from service.backbone.base import Backbone, load_tokenizer
+from service.backbone.base import load_tokenizer
 from service.backbone.blip import Blip
+from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
 from service.backbone.convert import with_blip_tokens
-from service.backbone.folder import load_backbone, write_backbone
+from service.backbone.folder import load_blip, write_backbone
 from service.demo.vocabulary import build_tokenizer
 from service.media import MediaWorkers
 from tests.service.media.clips import make_clip
+from tests.service.media.sounds import make_sound_file, tone
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
+TONES = (220, 440, 1500)
 PATCH, RESOLUTION = 16, 32
 
 
@@ -55,9 +58,9 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def backbone(backbone_folder: Path) -> Backbone:
+def backbone(backbone_folder: Path) -> BlipBackbone:
     """The tiny backbone, loaded."""
-    return load_backbone(backbone_folder)
+    return load_blip(backbone_folder)
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +72,15 @@ def workers() -> Iterator[MediaWorkers]:
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COLOUR.png of every colour, 0.mp4 to 2.mp4, broken.png and broken.mp4."""
+    """COLOUR.png of every colour, 0.mp4 to 2.mp4, HZ.wav of every tone, broken.png, broken.mp4 and broken.wav."""
     folder = tmp_path_factory.mktemp("media")
     for name, colour in COLOURS.items():
         (folder / f"{name}.png").write_bytes(png(colour))
     for number in range(3):
         (folder / f"{number}.mp4").write_bytes(make_clip(num_frames=10 + 10 * number))
+    for hz in TONES:
+        (folder / f"{hz}.wav").write_bytes(make_sound_file(tone(hz, 0.5)))
+    (folder / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE" + bytes(40))
     (folder / "broken.png").write_bytes(png((1, 2, 3))[:40])
     (folder / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(64))
     return folder

@@ -15,7 +15,7 @@ from adapters.families.uniadapter import UniAdapterOptions
 from adapters.package import Package, check_backbone, read_package
 from adapters.probe import parse_probe
 from adapters.training.adapter import AnswerTraining, RetrievalTraining
-from service.backbone.base import Backbone
+from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.folder import load_backbone
 from service.config import InvalidSettings
 from service.errors import BadMedia
@@ -49,7 +49,7 @@ def run(options: TrainOptions) -> tuple[Package, list[str]]:
 
 
 def test_a_vqa_run_learns_and_writes_a_package_that_fits(
-    backbone_folder: Path, backbone: Backbone, questions: Path, tmp_path: Path
+    backbone_folder: Path, backbone: BlipBackbone, questions: Path, tmp_path: Path
 ) -> None:
     wanted = options(
         backbone_folder, questions, tmp_path / "colours", kv_rank=2, steps=40, batch_size=4, learning_rate=0.03
@@ -102,7 +102,7 @@ def test_a_retrieval_run_carries_heads_and_leaves_the_backbone_as_it_was(
 
 
 def test_without_heads_of_its_own_an_adapter_names_the_backbones(
-    backbone_folder: Path, backbone: Backbone, captions: Path, tmp_path: Path
+    backbone_folder: Path, backbone: BlipBackbone, captions: Path, tmp_path: Path
 ) -> None:
     package, _ = run(options(backbone_folder, captions, tmp_path / "p", task="retrieval", heads=False, steps=1))
     assert package.config.heads == ()
