@@ -1,31 +1,66 @@
 """What a training run is told, checked once at the edge."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from adapters.config import Strict, describe
+from adapters.config import Architecture, Strict, describe
+from adapters.families.epalm import MAX_PROMPT_LENGTH
 from service.config import InvalidSettings
+
+KINDS: Mapping[Architecture, str] = {"blip": "a BLIP", "opt": "an OPT"}
+OWN_OPTIONS: Mapping[Architecture, frozenset[str]] = {
+    "blip": frozenset({"rank", "kv_rank", "frame_aware", "heads", "queue_size"}),
+    "opt": frozenset(
+        {
+            "start_layer",
+            "end_layer",
+            "injected_hidden_states",
+            "shared_connector",
+            "text_step",
+            "prompt_length",
+            "prompt_mlp",
+            "prompt_learning_rate",
+            "answer_token",
+        }
+    ),
+}
 
 
 class TrainOptions(Strict):
-    """One run. None stands for what is usual: `checkpoint` OUT.ckpt beside the package, `resolution` the backbone's own,
-    `learning_rate` and `num_frames` the family's.
+    """One run. The family of its adapter is that of the backbone's kind; options of the other may not be given.
 
-    `heads` (retrieval): tune a copy of the projection and matching heads too. `queue_size` (retrieval): earlier pairs kept
-    as negatives. `cache_mib`: memory for decoded media. `checkpoint_every` is in steps.
+    None stands for what follows from the backbone (`resolution`, `num_frames`, the window of layers), for the family's usual
+    (`learning_rate`, `prompt_learning_rate`), and for OUT.ckpt beside the package (`checkpoint`).
+
+    heads, queue_size    retrieval: tune a copy of the projection and matching heads too; earlier pairs kept as negatives
+    start_layer          the first layer of the language model that something enters, counted from 0
+    end_layer            the layer behind the last one
+    answer_token         the token between a question and its answer; "": the text's own end
+    cache_mib            memory for decoded media, or for what an encoder made of them
+    checkpoint_every     steps
     """
 
     backbone: Path
-    task: Literal["retrieval", "vqa"]
+    task: Literal["retrieval", "vqa", "caption"]
     data: Path
     out: Path
     rank: int = Field(default=128, gt=0, le=8192)
     kv_rank: int | None = Field(default=None, gt=0, le=8192)
     frame_aware: bool = False
     heads: bool = True
+    start_layer: int | None = Field(default=None, ge=0)
+    end_layer: int | None = Field(default=None, gt=0)
+    injected_hidden_states: int | None = Field(default=None, gt=0, le=1024)
+    shared_connector: bool = False
+    text_step: int = Field(default=1, gt=0)
+    prompt_length: int = Field(default=10, ge=0, le=MAX_PROMPT_LENGTH)
+    prompt_mlp: bool = True
+    prompt_learning_rate: float | None = Field(default=None, gt=0)
+    answer_token: str = "</a>"
     steps: int = Field(default=1000, gt=0)
     batch_size: int = Field(default=16, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -50,11 +85,36 @@ class TrainOptions(Strict):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
-        if self.task == "vqa" and (self.frame_aware or self.queue_size):
+        if self.task != "retrieval" and (self.frame_aware or self.queue_size):
             raise ValueError("frame_aware and queue_size belong to retrieval")
         if self.task == "retrieval" and self.batch_size < 2:
             raise ValueError("retrieval learns from the other pairs of a batch: batch_size must be at least 2")
+        if self.task != "vqa" and self.is_given("answer_token"):
+            raise ValueError("answer_token belongs to vqa")
         return self
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Self:
+        if self.start_layer is not None and self.end_layer is not None and self.start_layer >= self.end_layer:
+            raise ValueError("start_layer must be below end_layer")
+        if self.prompt_length == 0 and (self.is_given("prompt_mlp") or self.is_given("prompt_learning_rate")):
+            raise ValueError("prompt_mlp and prompt_learning_rate have no use without a prompt")
+        return self
+
+    def check_fits(self, architecture: Architecture) -> None:
+        """Raises: InvalidSettings naming what was given that has no use on a backbone of that kind."""
+        for other, names in OWN_OPTIONS.items():
+            useless = [name for name in type(self).model_fields if name in names and self.is_given(name)]
+            if other != architecture and useless:
+                raise InvalidSettings(
+                    f"only for the adapters of {KINDS[other]}, and this backbone is {KINDS[architecture]}: "
+                    f"{', '.join(useless)}",
+                    param=useless[0],
+                )
+
+    def is_given(self, name: str) -> bool:
+        """Whether an option was given, be it at its default."""
+        return name in self.model_fields_set
 
     @property
     def is_retrieval(self) -> bool:

@@ -2,7 +2,7 @@
 
     read_examples -> one kind of media -> check (every file decoded once) -> batches, one ahead -> fit -> write_probed_package
 
-What belongs to a family of adapters is behind `FamilyTraining`.
+The backbone's kind decides the family of the adapter; what differs by family is behind `FamilyTraining`.
 
 Which examples a step sees follows from the seed and the step alone, so a run that was stopped goes on, from its
 checkpoint, to the very parameters it would have had.
@@ -22,11 +22,14 @@ from adapters.package import Package
 from adapters.training.adapter import TrainableAdapter
 from adapters.training.loop import FitOptions, Progress, fit
 from service.backbone.base import Backbone
-from service.backbone.folder import load_blip
+from service.backbone.blip_backbone import BlipBackbone
+from service.backbone.folder import load_backbone, load_manifest
+from service.backbone.opt_backbone import OptBackbone
 from service.errors import BadMedia
 from service.lifecycle.writing import write_probed_package
 from service.media import AnyMediaKind, MediaLimits, MediaWorkers
 from service.train.batches import Ahead, Plan
+from service.train.epalm import EPalmTraining
 from service.train.examples import Example, Examples, read_examples
 from service.train.family import FamilyTraining
 from service.train.media import IN_FLIGHT, MediaStore, kind_of, shared_kind
@@ -55,9 +58,10 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     """
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise Conflict(f"{options.out} exists and is not an empty folder", param="out")
-    backbone = load_blip(options.backbone, device=str(pick_device(options.device)))
+    options.check_fits(load_manifest(options.backbone).config.architecture)
+    backbone = load_backbone(options.backbone, device=str(pick_device(options.device)))
     backbone.require(options.task)
-    family: FamilyTraining[Any] = UniAdapterTraining(options, backbone)
+    family = family_training(options, backbone)
     examples = read_examples(options.data, options.task, family.texts)
     say(f"{options.data.name}: {len(examples.examples):,} examples of {len(examples.files):,} files")
     quarantine = Quarantine.read(options.quarantine_file, examples) if options.checkpoint_file.exists() else None
@@ -87,6 +91,14 @@ def train(options: TrainOptions, say: Say = say_now) -> Package:
     package = write_probed_package(options.out, config, adapter.package_tensors(), card, backbone)
     say(f"wrote {options.out}: {options.task}, {config.family} of rank {config.rank}, {package.weights_digest}")
     return package
+
+
+def family_training(options: TrainOptions, backbone: Backbone) -> FamilyTraining[Any]:
+    """How adapters of the backbone's family are trained. Raises: InvalidSettings; MissingPart."""
+    if isinstance(backbone, BlipBackbone):
+        return UniAdapterTraining(options, backbone)
+    assert isinstance(backbone, OptBackbone), "there are two kinds of backbones. This is a bug."
+    return EPalmTraining(options, backbone)
 
 
 def _tuned_share(adapter: TrainableAdapter, backbone: Backbone) -> str:

@@ -61,6 +61,21 @@ def make_clip(
         return path.read_bytes()
 
 
+def make_plain_clip(colour: tuple[int, int, int], *, num_frames: int = 6, size: tuple[int, int] = (32, 32)) -> bytes:
+    """An MP4 of one colour, 25 frames a second."""
+    width, height = size
+    file = BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream: Any = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), colour, np.uint8), format="rgb24")
+        for number in range(num_frames):
+            frame.pts = number
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
 def make_sound(container: str = "mp4", *, cover: bytes | None = None) -> bytes:
     """Half a second of silence, with a cover picture (JPEG) if given."""
     file = BytesIO()

@@ -18,7 +18,7 @@ from service.backbone.convert import with_blip_tokens
 from service.backbone.folder import load_blip, write_backbone
 from service.demo.vocabulary import build_tokenizer
 from service.media import MediaWorkers
-from tests.service.media.clips import make_clip
+from tests.service.media.clips import make_clip, make_plain_clip
 from tests.service.media.sounds import make_sound_file, tone
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
@@ -72,10 +72,11 @@ def workers() -> Iterator[MediaWorkers]:
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COLOUR.png of every colour, 0.mp4 to 2.mp4, HZ.wav of every tone, broken.png, broken.mp4 and broken.wav."""
+    """COLOUR.png and COLOUR.mp4 of every colour, 0.mp4 to 2.mp4, HZ.wav of every tone, broken.png, broken.mp4 and broken.wav."""
     folder = tmp_path_factory.mktemp("media")
     for name, colour in COLOURS.items():
         (folder / f"{name}.png").write_bytes(png(colour))
+        (folder / f"{name}.mp4").write_bytes(make_plain_clip(colour))
     for number in range(3):
         (folder / f"{number}.mp4").write_bytes(make_clip(num_frames=10 + 10 * number))
     for hz in TONES:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
-from adapters.errors import AdapterBankError, Conflict, ConversionError, InvalidPackage, ProbeFailed
+from adapters.errors import AdapterBankError, Conflict, ConversionError, InvalidPackage, MissingPart, ProbeFailed
 from adapters.families.base import HEADS
 from adapters.families.uniadapter import UniAdapterOptions
 from adapters.package import Package, check_backbone, read_package
@@ -198,6 +198,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_decoded(
     refused(InvalidSettings, "33 is no multiple of the patch size 16", resolution=33)
     refused(InvalidSettings, "'tpu9' is no device", device="tpu9")
     refused(ConversionError, "line 1", data=captions)
+    refused(MissingPart, "a BLIP is not served for caption", data=captions, task="caption", rank=None)
+    refused(
+        InvalidSettings,
+        "only for the adapters of an OPT, and this backbone is a BLIP: shared_connector, prompt_length",
+        shared_connector=False,
+        prompt_length=10,
+    )
     one = manifest(media, {"file": "red.png", "caption": "a"}, {"file": "red.png", "caption": "red"}, name="one.jsonl")
     refused(ConversionError, "at least 2 files", data=one, task="retrieval")
     (tmp_path / "taken").mkdir()
@@ -212,10 +219,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_decoded(
         ({"rank": 0}, "rank: "),
         ({"steps": 0}, "steps: "),
         ({"learning_rate": float("nan")}, "learning_rate: "),
-        ({"task": "caption"}, "task: "),
+        ({"task": "rerank"}, "task: "),
         ({"frame_aware": True}, "belong to retrieval"),
         ({"queue_size": 8}, "belong to retrieval"),
         ({"task": "retrieval", "batch_size": 1}, "batch_size must be at least 2"),
+        ({"task": "caption", "answer_token": "</a>"}, "answer_token belongs to vqa"),
+        ({"start_layer": 3, "end_layer": 3}, "start_layer must be below end_layer"),
+        ({"prompt_length": 0, "prompt_mlp": False}, "no use without a prompt"),
+        ({"prompt_length": 0, "prompt_learning_rate": 1e-5}, "no use without a prompt"),
+        ({"prompt_length": 129}, "prompt_length: "),
     ],
 )
 def test_a_wrong_option_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -225,7 +237,8 @@ def test_a_wrong_option_is_named(tmp_path: Path, changes: dict[str, Any], messag
 
 def test_options_that_are_not_given_have_their_defaults(tmp_path: Path) -> None:
     given = options(tmp_path, tmp_path, tmp_path / "out", rank=None, queue_size=None, checkpoint=None)
-    assert (given.rank, given.queue_size) == (128, 0)
+    assert (given.rank, given.queue_size, given.prompt_length, given.answer_token) == (128, 0, 10, "</a>")
+    assert not given.is_given("rank") and given.is_given("steps")
     assert given.checkpoint_file == tmp_path / "out.ckpt"
 
 
