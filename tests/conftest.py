@@ -1,4 +1,8 @@
-"""For every test: one CPU thread. Models here are tiny, and on a busy machine threads that wait for each other cost more."""
+"""For every test and every process it starts: one CPU thread. Models here are tiny, and threads that share cores stall each other."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes, and for threads, each of which counts for itself
 
 import torch
 

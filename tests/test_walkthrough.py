@@ -137,12 +137,12 @@ class Walker:
 
 @pytest.fixture
 def walker(tmp_path: Path) -> Iterator[Walker]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    walker = Walker(tmp_path, port)
-    yield walker
-    walker.stop()
+    with socket.socket() as held:  # nobody else is given this port; a server, which asks to reuse it, may listen there
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        walker = Walker(tmp_path, held.getsockname()[1])
+        yield walker
+        walker.stop()
 
 
 def test_the_walk_from_push_to_rollback_works_as_documented(walker: Walker) -> None:

@@ -107,7 +107,8 @@ def test_something_else_in_between_is_reported_as_it_is() -> None:
 
 
 def test_a_missing_server_is_a_transport_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(httpx.TransportError):
-        client.ready()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with Client(url) as client, pytest.raises(httpx.TransportError):
+            client.ready()

@@ -115,7 +115,7 @@ def test_calls_leave_nothing_open(pool: MediaWorkers) -> None:
     for _ in range(20):
         pool.call_sync(tasks.arrays, 3, 100_000)
     assert num_open_files() == before
-    assert set(os.listdir("/dev/shm")) <= shared
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes' come and go
 
 
 def test_a_worker_imports_little(pool: MediaWorkers) -> None:
