@@ -38,8 +38,8 @@ demo: $(RUNTIME) ## train the demo backbone and adapters anew
 bench: $(RUNTIME) ## run the benchmark ladder
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
-test: $(DEV) ## run the tests (ARGS="-k scheduler")
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run the tests in two processes (ARGS="-n 0 -k scheduler": in one, and some of them)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 format: $(DEV) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix-only .
