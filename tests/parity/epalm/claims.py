@@ -52,6 +52,15 @@ class Alone:
         return self.reference.read(ids, torch.ones_like(ids), None if self.values is None else self.values[:, None])
 
     def written(self, num_beams: int) -> Written:
+        if num_beams not in self._written:
+            self._written[num_beams] = self._write(num_beams)
+        return self._written[num_beams]
+
+    @cached_property
+    def _written(self) -> dict[int, Written]:
+        return {}
+
+    def _write(self, num_beams: int) -> Written:
         ids = torch.tensor(self.text.ids)
         length = self.adapter.case.max_length
         if num_beams == 1:
