@@ -94,9 +94,9 @@ def serve(
     )
     logs.configure(as_json=settings.log_format == "json", level=settings.log_level)
     if demo:
-        from service.demo.install import install
+        from service.demo.install import demo_settings, install
 
-        settings = settings.model_copy(update={"home": settings.home / "demo"})
+        settings = demo_settings(settings)
         asyncio.run(install(settings, log.info if logs.are_json() else partial(print, flush=True)))
     if logs.are_json():
         run(settings, announce=_log_url)

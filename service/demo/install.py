@@ -10,7 +10,7 @@ from pathlib import Path
 from adapters.errors import BackboneNotFound
 from adapters.registry import DEFAULT_ALIAS
 from service.backbone.folder import load_manifest
-from service.config import CLIENT_KEY_VARIABLE, Settings
+from service.config import CLIENT_KEY_VARIABLE, InvalidSettings, Settings
 from service.demo.recipes import ASSETS, RECIPES
 from service.demo.samples import ITEMS_FILE, write_samples
 from service.folders import open_registry
@@ -24,6 +24,16 @@ CLIPS_TASK, PICTURE_TASK = "demo-video-retrieval", "demo-image-vqa"
 CLIPS_GALLERY, CAPTIONS_GALLERY = "demo-clips", "demo-captions"
 NUM_CLIPS, NUM_PICTURES, SEED = 240, 8, 7
 BUILD_TIMEOUT_S = 3600.0
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The settings to serve the demo with: a home of its own.
+
+    Raises: InvalidSettings for a backbone that is not the demo's, in whose place the demo's would be put.
+    """
+    if settings.backbone is not None or settings.backbones is not None:
+        raise InvalidSettings("the demo brings its own backbone; give none beside it", param="backbone")
+    return settings.model_copy(update={"home": settings.home / "demo"})
 
 
 async def install(settings: Settings, say: Callable[[str], None]) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from service.config import Settings
-from service.demo.install import CLIPS_TASK, PICTURE_TASK, curl_lines, media_folder
+from service.config import InvalidSettings, Settings
+from service.demo.install import CLIPS_TASK, PICTURE_TASK, curl_lines, demo_settings, media_folder
 from service.demo.samples import ITEMS_FILE
 
 
@@ -18,3 +18,10 @@ def test_the_printed_lines_send_a_key_where_one_is_needed(tmp_path: Path, has_ke
     for line in curl_lines("http://127.0.0.1:8000", settings):
         assert line.startswith("curl -s ") and " http://127.0.0.1:8000/" in line
         assert ('-H "Authorization: Bearer $BANK_API_KEY"' in line) == has_keys
+
+
+@pytest.mark.parametrize("given", [{"backbone": "mine"}, {"backbones": "blip=mine,opt=other"}])
+def test_the_demo_is_never_put_in_the_place_of_a_backbone_that_was_given(tmp_path: Path, given: dict[str, str]) -> None:
+    with pytest.raises(InvalidSettings, match="brings its own backbone"):
+        demo_settings(Settings.model_validate({"home": tmp_path} | given))
+    assert demo_settings(Settings(home=tmp_path)).backbone_folder == tmp_path / "demo" / "backbone"
