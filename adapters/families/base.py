@@ -6,7 +6,7 @@ is written once, on slot tensors: the bank serves slots filled with folded numbe
 anew each step and lets gradients flow through the fold.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.config import AdapterConfig, Architecture
+from adapters.config import AdapterConfig, Architecture, BackboneRef
 
 Stack = Literal["vision", "text", "decoder"]
 Role = Literal["mlp", "text", "query", "cross"]
@@ -78,6 +78,13 @@ class OptDims:
 
 
 BackboneDims = BlipDims | OptDims
+
+
+def backbone_ref(dims: BackboneDims, digests: Mapping[str, str], parts: Iterable[str]) -> BackboneRef:
+    """What an adapter for these parts of a backbone holds on to; parts that the backbone lacks are left out."""
+    own = {part: digests[part] for part in parts if part in digests}
+    return BackboneRef(architecture=dims.architecture, width=dims.width, layers=dims.layers, parts=own)
+
 
 HEADS = ("vision_proj", "text_proj", "itm_head")
 

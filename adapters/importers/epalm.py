@@ -14,13 +14,12 @@ from adapters.config import (
     AdapterConfig,
     AnswerDecoding,
     AudioPreprocessing,
-    BackboneRef,
     Preprocessing,
     Task,
     describe,
 )
 from adapters.errors import BackboneMismatch, ConversionError, TensorMismatch
-from adapters.families.base import OptDims
+from adapters.families.base import OptDims, backbone_ref
 from adapters.families.epalm import EncoderName, EPalm, EPalmOptions
 from adapters.importers.checkpoint import ImportedAdapter, as_json
 from adapters.package import check_tensors
@@ -86,12 +85,7 @@ def import_epalm(
             task=kind,
             rank=options.num_connectors,
             options=options.model_dump(mode="json"),
-            backbone=BackboneRef(
-                architecture="opt",
-                width=dims.width,
-                layers=dims.layers,
-                parts={part: parts[part] for part in ("language_model", chosen, "tokenizer") if part in parts},
-            ),
+            backbone=backbone_ref(dims, parts, ("language_model", chosen, "tokenizer")),
             preprocessing=_preprocessing(settings, chosen, resolution),
             max_text_tokens=MAX_TEXT_TOKENS,
             decoding=AnswerDecoding(num_beams=NUM_BEAMS, max_length=MAX_LENGTH, answers=answers),

@@ -12,9 +12,9 @@ import torch
 from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
-from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing, Task, describe
+from adapters.config import AdapterConfig, AnswerDecoding, Preprocessing, Task, describe
 from adapters.errors import ConversionError, TensorMismatch
-from adapters.families.base import HEADS, BackboneDims
+from adapters.families.base import HEADS, BackboneDims, backbone_ref
 from adapters.families.uniadapter import MEMORY_TERMS, UniAdapter, UniAdapterOptions
 from adapters.importers.checkpoint import ImportedAdapter, as_json
 
@@ -64,12 +64,7 @@ def import_uniadapter(
             rank=rank,
             options=options.model_dump(mode="json"),
             heads=heads,
-            backbone=BackboneRef(
-                architecture="blip",
-                width=dims.width,
-                layers=dims.layers,
-                parts={part: parts[part] for part in used_parts if part in parts},
-            ),
+            backbone=backbone_ref(dims, parts, used_parts),
             preprocessing=Preprocessing(resolution=settings["image_size"]),
             decoding=_decoding(settings, answers) if task == "vqa" else None,
             provenance={"source": "UniAdapter checkpoint", "settings": as_json(settings), **(provenance or {})},

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, ValidationError
 
-from adapters.config import AdapterConfig, AnswerDecoding, AudioPreprocessing, BackboneRef, Preprocessing, describe
+from adapters.config import AdapterConfig, AnswerDecoding, AudioPreprocessing, Preprocessing, describe
 from adapters.errors import BackboneMismatch, MissingPart
-from adapters.families.base import NOTHING
+from adapters.families.base import NOTHING, backbone_ref
 from adapters.families.epalm import PROMPT, EncoderName, EPalm, EPalmOptions
 from adapters.importers.epalm import MAX_LENGTH, MAX_TEXT_TOKENS, NUM_BEAMS
 from adapters.training.adapter import TextTraining, TrainableAdapter
@@ -149,12 +149,7 @@ class EPalmTraining:
             task=self._options.task,
             rank=options.num_connectors,
             options=options.model_dump(mode="json"),
-            backbone=BackboneRef(
-                architecture="opt",
-                width=dims.width,
-                layers=dims.layers,
-                parts={name: backbone.parts[name] for name in ("language_model", encoder, TOKENIZER)},
-            ),
+            backbone=backbone_ref(dims, backbone.parts, ("language_model", encoder, TOKENIZER)),
             preprocessing=self._preprocessing(part),
             max_text_tokens=self.texts.limit("question"),
             decoding=self._decoding(examples),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
-from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
-from adapters.families.base import HEADS
+from adapters.config import AdapterConfig, AnswerDecoding, Preprocessing
+from adapters.families.base import HEADS, backbone_ref
 from adapters.families.uniadapter import UniAdapterOptions
 from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
 from adapters.training.data import AnswerBatch, RetrievalBatch
@@ -116,12 +116,7 @@ class UniAdapterTraining:
             rank=options.rank,
             options=family.model_dump(mode="json"),
             heads=tuned_heads,
-            backbone=BackboneRef(
-                architecture="blip",
-                width=dims.width,
-                layers=dims.layers,
-                parts={part: backbone.parts[part] for part in (*TASK_PARTS[options.task], *used_heads)},
-            ),
+            backbone=backbone_ref(dims, backbone.parts, (*TASK_PARTS[options.task], *used_heads)),
             preprocessing=Preprocessing(resolution=options.resolution or backbone.resolution, **frames),
             max_text_tokens=self.texts.limit("question"),
             decoding=None if options.is_retrieval else self._decoding(examples),
