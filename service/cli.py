@@ -117,7 +117,7 @@ def _announce_demo(url: str, settings: Settings) -> None:
     from service.demo.install import curl_lines
 
     print(f"\nadapter-bank demo on {url}  (console: {url}/ , API: {url}/docs)\n")
-    print("Ask about a picture, and search clips with a sentence:\n")
+    print("Ask about a picture, search clips with a sentence, and put a sound into words:\n")
     for line in curl_lines(url, settings):
         print(f"  {line}\n")
     sys.stdout.flush()

@@ -3,7 +3,8 @@
     python -m service.demo.build [--work .demo] [--only STAGE ...] [--threads N]
 
 Every run checkpoints under --work and goes on from there when started again; `--only` names what to do, so that
-several runs may share a machine. Stages: backbone, TASK, TASK:VARIANT, table.
+several runs may share a machine. Stages: backbone, opt.vit, opt.timesformer, opt.ast, opt.language-model, opt (these four
+together), TASK, TASK:VARIANT, table.
 """
 
 import argparse
@@ -16,37 +17,38 @@ from random import Random
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from adapters.config import AdapterConfig
 from adapters.training.adapter import AnswerTraining, RetrievalTraining, TrainableAdapter
 from adapters.training.data import AnswerBatch, RetrievalBatch
-from adapters.training.loop import FitOptions, Objective, Progress, fit
+from adapters.training.loop import FitOptions, Objective
 from adapters.training.losses import ContrastiveFeatures, contrastive_loss
 from adapters.training.objectives import RetrievalSettings, encode_pairs, matching_loss_of, vqa_loss
 from service.backbone.blip import Blip
 from service.backbone.config import SpecialIds
 from service.backbone.folder import load_blip, write_backbone
 from service.demo.batches import Texts, answer_batch, draw_items, retrieval_batch
+from service.demo.fitting import fit_with_bar
+from service.demo.language import LanguageOptions
+from service.demo.perception import SENSES
 from service.demo.pretrain import Pretraining, PretrainOptions, demo_config, initialise, trainable
 from service.demo.recipes import (
     ABLATIONS,
     ASSETS,
+    EPALM_RECIPES,
+    FULL_LEARNING_RATE,
     MAX_QUERY_TOKENS,
     RECIPES,
+    STORED_DTYPE,
     Recipe,
     Variant,
     adapter_config,
-    training_context,
 )
 from service.demo.vocabulary import DECODE_TOKEN, ENCODE_TOKEN, MAX_TEXT_TOKENS, build_tokenizer
 
 log = logging.getLogger(__name__)
-
-STORED_DTYPE = torch.float16  # what ships; everything after pre-training sees these values
-FULL_LEARNING_RATE = 3e-4
 
 
 def build_backbone(work: Path, out: Path, options: PretrainOptions) -> None:
@@ -66,7 +68,7 @@ def build_backbone(work: Path, out: Path, options: PretrainOptions) -> None:
     initialise(model, options.seed)
     objective = Pretraining(model, Texts(tokenizer, ids.bos), options)
     schedule = FitOptions(steps=options.steps, learning_rate=options.learning_rate, weight_decay=0.01, warmup_steps=100)
-    _fit("backbone", trainable(model), objective, schedule, work / "backbone.ckpt")
+    fit_with_bar("backbone", trainable(model), objective, schedule, work / "backbone.ckpt")
     shutil.rmtree(out, ignore_errors=True)
     provenance: dict[str, JsonValue] = {"world": "plain", "seed": options.seed, "steps": options.steps}
     write_backbone(out, model.to(STORED_DTYPE), tokenizer, provenance, max_text_tokens=MAX_QUERY_TOKENS)
@@ -95,7 +97,7 @@ def build_adapter(recipe: Recipe, variant: Variant, work: Path, backbone_folder:
         objective = AnswerTraining(backbone.model, adapter, _questions(recipe, texts))
     schedule = FitOptions(steps=recipe.steps, learning_rate=recipe.learning_rate, weight_decay=0.01)
     name = f"{recipe.task}.{variant}"
-    _fit(name, adapter.parameters, objective, schedule, work / f"{name}.ckpt")
+    fit_with_bar(name, adapter.parameters, objective, schedule, work / f"{name}.ckpt")
     stored = {name: tensor.to(STORED_DTYPE) for name, tensor in adapter.package_tensors().items()}
     shutil.rmtree(out, ignore_errors=True)
     from service.lifecycle.writing import write_probed_package  # the parts that serve, which training does without
@@ -116,7 +118,7 @@ def build_fine_tuned(recipe: Recipe, work: Path, backbone_folder: Path, out: Pat
     objective = FineTuning(model, recipe, texts)
     schedule = FitOptions(steps=recipe.steps, learning_rate=FULL_LEARNING_RATE, weight_decay=0.01)
     name = f"{recipe.task}.full-fine-tuning"
-    _fit(name, trainable(model), objective, schedule, work / f"{name}.ckpt")
+    fit_with_bar(name, trainable(model), objective, schedule, work / f"{name}.ckpt")
     shutil.rmtree(out, ignore_errors=True)
     provenance: dict[str, JsonValue] = {"fine_tuned_on": recipe.task}
     write_backbone(out, model.to(STORED_DTYPE), backbone.tokenizer, provenance, max_text_tokens=MAX_QUERY_TOKENS)
@@ -167,23 +169,6 @@ def _questions(recipe: Recipe, texts: Texts) -> Callable[[int], AnswerBatch]:
     return batch
 
 
-def _fit(
-    name: str, parameters: Mapping[str, nn.Parameter], objective: Objective, options: FitOptions, checkpoint: Path
-) -> None:
-    """`fit` with a progress bar of running mean losses."""
-    means: dict[str, float] = {}
-    with tqdm(total=options.steps, desc=name, unit="step", mininterval=10.0) as bar:
-
-        def report(progress: Progress) -> None:
-            for key, loss in progress.losses.items():
-                means[key] = means.get(key, loss) + 0.02 * (loss - means.get(key, loss))
-            bar.n = progress.step
-            bar.set_postfix({key: f"{mean:.3f}" for key, mean in means.items()}, refresh=False)
-            bar.update(0)
-
-        fit(parameters, objective, options, checkpoint=checkpoint, report=report, context=training_context)
-
-
 def _card(recipe: Recipe, config: AdapterConfig, share: float) -> str:
     return (
         f"# {recipe.task}\n\n"
@@ -204,6 +189,9 @@ def run_stage(stage: str, work: Path) -> None:
     if stage == "backbone":
         build_backbone(work, backbone, PretrainOptions())
         return
+    if stage.startswith("opt") or stage.partition(":")[0] in EPALM_RECIPES:
+        _run_opt_stage(stage, work)
+        return
     if stage == "table":
         from service.demo.evaluate import record_table
 
@@ -221,10 +209,33 @@ def run_stage(stage: str, work: Path) -> None:
         raise SystemExit(f"unknown variant {variant!r} of {task}")
 
 
+def _run_opt_stage(stage: str, work: Path) -> None:
+    from service.demo import build_opt  # as the parts that serve, which most stages do without
+
+    backbone = ASSETS / "opt"
+    part = stage.removeprefix("opt.")
+    if stage == "opt":
+        build_opt.build_opt_backbone(LanguageOptions(), list(SENSES.values()), work, backbone)
+    elif part == "language-model":
+        build_opt.build_language_model(LanguageOptions(), work)
+    elif part in SENSES:
+        build_opt.build_encoder(SENSES[part], work)
+    else:
+        task, _, variant = stage.partition(":")
+        recipe = EPALM_RECIPES[task]
+        if variant == "full-fine-tuning":
+            build_opt.build_fine_tuned_epalm(recipe, work, backbone, work / "fine-tuned" / task)
+        elif variant:
+            raise SystemExit(f"unknown variant {variant!r} of {task}")
+        else:
+            build_opt.build_epalm(recipe, work, backbone, ASSETS / "adapters" / task)
+
+
 def stages() -> list[str]:
     """Every stage of a full rebuild, in order."""
     ablations = [f"{task}:{variant}" for task, variants in ABLATIONS.items() for variant in variants]
-    return ["backbone", *RECIPES, *ablations, "table"]
+    opt = [*(f"opt.{part}" for part in (*SENSES, "language-model")), "opt", *EPALM_RECIPES]
+    return ["backbone", *RECIPES, *opt, *ablations, "table"]
 
 
 def main() -> None:

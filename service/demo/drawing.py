@@ -5,6 +5,7 @@ Lengths below are in units of a 64 px picture unless a name says `_px`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from random import Random
 
@@ -55,6 +56,17 @@ PATTERN_INK_ON_DEEP: Rgb = (252, 252, 252)
 PALE_COLOURS = frozenset(("orange", "yellow", "cyan"))
 
 
+@dataclass(frozen=True)
+class Spot:
+    """A shape of a colour somewhere: its middle and its radius."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
 def draw(picture: Scene | Chart, size: int = 64) -> Pixels:
     """The picture as uint8 `[size, size, 3]`; equal pictures give equal pixels."""
     rng = Random(picture.grain)
@@ -66,6 +78,17 @@ def draw(picture: Scene | Chart, size: int = 64) -> Pixels:
     pixels = np.asarray(canvas.reduce(OVERSAMPLING))
     strength = picture.noise + (9.0 if picture.background == "paper" else 0.0)
     return _with_noise(pixels, strength, rng) if strength else pixels
+
+
+def draw_spots(spots: Sequence[Spot], rng: Random, size: int = 64) -> Pixels:
+    """Filled shapes anywhere on a light background, later ones before earlier ones, as uint8 `[size, size, 3]`."""
+    side_px = size * OVERSAMPLING
+    scale = side_px / UNITS
+    canvas = Image.new("RGB", (side_px, side_px), _background("light", rng))
+    pen = ImageDraw.Draw(canvas)
+    for spot in spots:
+        pen.polygon(_outline(spot.shape, spot.x, spot.y, spot.radius, scale), fill=INK[spot.colour])
+    return np.asarray(canvas.reduce(OVERSAMPLING))
 
 
 def _background(name: str, rng: Random) -> Rgb:
@@ -93,8 +116,11 @@ def _placed(thing: Thing, rng: Random, scale: float) -> list[Point]:
     row, column = divmod(PLACES.index(thing.place), 3)
     x = CELL_CENTRES[column] + rng.uniform(-JITTER, JITTER)
     y = CELL_CENTRES[row] + rng.uniform(-JITTER, JITTER)
-    radius = RADIUS[thing.size]
-    return [((x + dx * radius) * scale, (y + dy * radius) * scale) for dx, dy in _unit_outline(thing.shape)]
+    return _outline(thing.shape, x, y, RADIUS[thing.size], scale)
+
+
+def _outline(shape: str, x: float, y: float, radius: float, scale: float) -> list[Point]:
+    return [((x + dx * radius) * scale, (y + dy * radius) * scale) for dx, dy in _unit_outline(shape)]
 
 
 @cache

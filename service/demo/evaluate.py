@@ -1,37 +1,27 @@
 """The demo's table: every adapter against the frozen backbone, ablations and controls, all through the real service.
 
-Media are real PNG and MP4 files, decoded by the media workers; answers and hits come from the pipelines behind `/vqa`
-and `/retrieve`. A fully fine-tuned model is served as a backbone of its own.
+Media are real PNG, MP4, WAV and AAC files, decoded by the media workers; answers, captions and hits come from the pipelines
+behind `/vqa`, `/caption` and `/retrieve`. A fully fine-tuned model is served as a backbone of its own.
 """
 
 import asyncio
 import json
 import tempfile
-import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound
 from adapters.package import read_package
 from service.config import Settings
-from service.demo.recipes import ABLATIONS, ASSETS, RECIPES
+from service.demo.measures import Results, Trial, measure_answers, measure_captions, measure_retrieval
+from service.demo.recipes import ABLATIONS, ASSETS, EPALM_RECIPES
 from service.demo.samples import write_media
 from service.demo.world import TASKS, Item, Task, evaluation_set, split_of
-from service.gallery.sources import read_sources
 from service.home import push_package
-from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime
-from service.types import MediaBytes, RankDecode, RequestContext, RetrieveQuery, TextQuery, VqaQuery
 
-T = TypeVar("T")
-Results = dict[str, Any]
-
-RERANK_DEPTH = 64
-CONCURRENCY = 8
-REQUEST_TIMEOUT_S = 3600.0
 PATIENCE_S = 24 * 3600.0  # nobody else waits: nothing is refused for want of capacity
 RECORDED = ASSETS / "results.json"
 RECORDED_SEED = 2026
@@ -39,11 +29,15 @@ RECORDED_SEED = 2026
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table: a backbone folder and, unless it is None, a package on it."""
+    """One row of the table: a backbone folder and, unless it is None, a package on it.
+
+    One that does not `perceive` is its language model alone, asked in the package's words.
+    """
 
     name: str
     backbone: Path
     package: Path | None = None
+    perceives: bool = True
 
 
 def evaluate(seed: int, num_items: int, *, tasks: Sequence[str] | None = None) -> Results:
@@ -51,10 +45,10 @@ def evaluate(seed: int, num_items: int, *, tasks: Sequence[str] | None = None) -
 
     Raises: AdapterNotFound for a task there is no demo adapter of.
     """
-    names = list(tasks or RECIPES)
-    unknown = [name for name in names if name not in RECIPES]
+    names = list(tasks or TASKS)
+    unknown = [name for name in names if name not in TASKS]
     if unknown:
-        raise AdapterNotFound(f"no demo task {', '.join(unknown)}; there are {', '.join(RECIPES)}", param="task")
+        raise AdapterNotFound(f"no demo task {', '.join(unknown)}; there are {', '.join(TASKS)}", param="task")
     results: Results = {"seed": seed, "items": num_items, "tasks": {}}
     for name in names:
         results["tasks"][name] = evaluate_task(name, seed, num_items, shipped(name))
@@ -68,8 +62,15 @@ def evaluate(seed: int, num_items: int, *, tasks: Sequence[str] | None = None) -
 
 def shipped(task: str) -> list[Contender]:
     """What of a task can be measured from the assets alone."""
+    package = ASSETS / "adapters" / task
+    if task in EPALM_RECIPES:
+        backbone = ASSETS / "opt"
+        return [
+            Contender("frozen, perceiving nothing", backbone, package, perceives=False),
+            Contender("adapter", backbone, package),
+        ]
     backbone = ASSETS / "backbone"
-    contenders = [Contender("frozen", backbone), Contender("adapter", backbone, ASSETS / "adapters" / task)]
+    contenders = [Contender("frozen", backbone), Contender("adapter", backbone, package)]
     for variant in ABLATIONS.get(task, ()):
         package = ASSETS / "ablations" / f"{task}.{variant}"
         if package.is_dir():
@@ -107,91 +108,29 @@ async def _measure(
     await runtime.start()
     try:
         if contender.package is not None:
-            share = _tunable_share(contender.package, runtime)
-        goal = _retrieval if task.goal == "retrieval" else _answers
-        return {"tunable_share": share} | await goal(runtime, reference, task, items, media)
+            share = _tunable_share(contender.package, runtime) if contender.perceives else 0.0
+        trial = Trial(runtime, reference, task, items, media, perceives=contender.perceives)
+        match task.goal:
+            case "retrieval":
+                return {"tunable_share": share} | await measure_retrieval(trial)
+            case "caption":
+                return {"tunable_share": share} | await measure_captions(trial)
+            case _:
+                return {"tunable_share": share} | await measure_answers(trial)
     finally:
         await runtime.close()
 
 
 def _tunable_share(package: Path, runtime: Runtime) -> float:
-    """Trained numbers over the backbone's; the cross-modal norms in a package stay as they were made."""
-    tensors = read_package(package).tensors
-    tuned = sum(t.numel() for name, t in tensors.items() if "adapter_layer_norm_cross_modal" not in name)
-    return tuned / sum(p.numel() for p in runtime.backbone.model.parameters())
+    """Trained numbers over the backbone's; the cross-modal norms in a package stay as they were made.
 
-
-def _context() -> RequestContext:
-    return RequestContext(deadline=time.monotonic() + REQUEST_TIMEOUT_S, client="evaluation")
-
-
-async def _limited(jobs: Sequence[Awaitable[T]]) -> list[T]:
-    """Results in order, a few at a time."""
-    gate = asyncio.Semaphore(CONCURRENCY)
-
-    async def run(job: Awaitable[T]) -> T:
-        async with gate:
-            return await job
-
-    return await asyncio.gather(*(run(job) for job in jobs))
-
-
-async def _answers(
-    runtime: Runtime, reference: str, task: Task, items: Sequence[Item], media: Sequence[Path]
-) -> Results:
-    """Accuracy of the best-ranked answer, over all and by kind of question, and with the media moved on by one."""
-    own = await _asked(runtime, reference, task, items, media)
-    swapped = await _asked(runtime, reference, task, items, [*media[1:], media[0]])
-    kinds: dict[str, list[bool]] = {}
-    for item, right in zip(items, own, strict=True):
-        kinds.setdefault(item.questions[0].kind, []).append(right)
-    return {
-        "accuracy": _mean(own),
-        "accuracy_media_swapped": _mean(swapped),
-        "accuracy_by_kind": {kind: _mean(rights) for kind, rights in sorted(kinds.items())},
-    }
-
-
-async def _asked(
-    runtime: Runtime, reference: str, task: Task, items: Sequence[Item], media: Sequence[Path]
-) -> list[bool]:
-    async def one(item: Item, data: bytes) -> bool:
-        query = VqaQuery(
-            adapter=reference,
-            question=item.questions[0].question,
-            media=MediaBytes(task.kind, data),
-            decode=RankDecode(task.answers, len(task.answers)),
-        )
-        return (await runtime.vqa.answer(query, _context())).answer == item.questions[0].answer
-
-    return await _limited([one(item, path.read_bytes()) for item, path in zip(items, media, strict=True)])
-
-
-async def _retrieval(
-    runtime: Runtime, reference: str, task: Task, items: Sequence[Item], media: Sequence[Path]
-) -> Results:
-    """Recall of each caption's own item: by vector, frame-aware, and with matching over the first RERANK_DEPTH."""
-    options = BuildOptions(task.kind)
-    await runtime.galleries.build("evaluation", reference, read_sources(media[0].parent), options, _context())
-    results: Results = {"rerank_depth": min(RERANK_DEPTH, len(items))}
-    for mode in ("none", "frames", "match") if task.kind == "video" else ("none", "match"):
-        places = await _limited([_place(runtime, item, path, mode) for item, path in zip(items, media, strict=True)])
-        results[mode] = {f"recall@{k}": _mean([place < k for place in places]) for k in (1, 5, 10)}
-        if mode == "none":
-            results["recall_at_rerank_depth"] = _mean([place < RERANK_DEPTH for place in places])
-    return results
-
-
-async def _place(runtime: Runtime, item: Item, path: Path, mode: Any) -> int:
-    """Where the item's own medium came, counted from 0; RERANK_DEPTH if it did not."""
-    depth = None if mode == "none" else RERANK_DEPTH
-    query = RetrieveQuery("evaluation", TextQuery(item.caption or ""), RERANK_DEPTH, mode, depth)
-    hits = (await runtime.retrieve.search(query, _context())).hits
-    return next((place for place, hit in enumerate(hits) if hit.id == path.name), RERANK_DEPTH)
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return round(sum(values) / len(values), 4)
+    Of a language model's encoders only the one counts that the package perceives with.
+    """
+    read = read_package(package)
+    tuned = sum(t.numel() for name, t in read.tensors.items() if "adapter_layer_norm_cross_modal" not in name)
+    others = {name for name in ("vit", "timesformer", "ast") if name not in read.config.backbone.parts}
+    model = runtime.backbone.model
+    return tuned / sum(p.numel() for name, p in model.named_parameters() if name.partition(".")[0] not in others)
 
 
 def table(results: Results) -> str:
@@ -199,7 +138,7 @@ def table(results: Results) -> str:
     lines = [
         f"Seed {results['seed']}, {results['items']} items a task.",
         "",
-        "| task | variant | tuned | accuracy / recall@1 | control / by vector |",
+        "| task | variant | tuned | accuracy / recall@1 / captions | control / by vector |",
         "|---|---|---|---|---|",
     ]
     for task, row in results["tasks"].items():
@@ -207,7 +146,12 @@ def table(results: Results) -> str:
             if not isinstance(measured, dict):
                 continue
             share = "100 %" if name == "full-fine-tuning" else f"{100 * measured['tunable_share']:.2f} %"
-            if row["goal"] == "retrieval":
+            if row["goal"] == "caption":
+                scores = (
+                    f"exact {measured['exact']:.3f}, CIDEr-D {measured['cider']:.2f} | "
+                    f"media swapped {measured['exact_media_swapped']:.3f}, {measured['cider_media_swapped']:.2f}"
+                )
+            elif row["goal"] == "retrieval":
                 depth = f"recall@{measured['rerank_depth']} {measured['recall_at_rerank_depth']:.3f}"
                 scores = f"{measured['match']['recall@1']:.3f} | {measured['none']['recall@1']:.3f}, {depth}"
             else:
@@ -219,10 +163,12 @@ def table(results: Results) -> str:
 def record_table(work: Path) -> None:
     """Measure everything a rebuild made, the fine-tuned copies too, and keep the results beside the assets."""
     results: Results = {"seed": RECORDED_SEED, "items": 500, "tasks": {}}
-    for name in RECIPES:
+    for name in TASKS:
         contenders = shipped(name)
         fine_tuned = work / "fine-tuned" / name
-        if fine_tuned.is_dir():
+        if name in EPALM_RECIPES and (fine_tuned / "adapter").is_dir():
+            contenders.append(Contender("full-fine-tuning", fine_tuned / "backbone", fine_tuned / "adapter"))
+        elif (fine_tuned / "backbone.json").exists():
             contenders.append(Contender("full-fine-tuning", fine_tuned))
         results["tasks"][name] = evaluate_task(name, RECORDED_SEED, results["items"], contenders)
         RECORDED.write_text(json.dumps(results, indent=1) + "\n")

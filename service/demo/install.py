@@ -1,4 +1,4 @@
-"""Put the shipped demo into a home folder: backbone, adapters, and galleries of freshly drawn clips and captions."""
+"""Put the shipped demo into a home folder: backbones, adapters, sample media, and galleries of drawn clips and captions."""
 
 import io
 import json
@@ -11,8 +11,9 @@ from adapters.errors import BackboneNotFound
 from adapters.registry import DEFAULT_ALIAS
 from service.backbone.folder import load_manifest
 from service.config import CLIENT_KEY_VARIABLE, InvalidSettings, Settings
-from service.demo.recipes import ASSETS, RECIPES
+from service.demo.recipes import ASSETS
 from service.demo.samples import ITEMS_FILE, write_samples
+from service.demo.world import TASKS
 from service.folders import open_registry
 from service.gallery.sources import read_sources
 from service.home import push_package
@@ -20,20 +21,24 @@ from service.pipelines.galleries import BuildOptions
 from service.runtime import Runtime
 from service.types import RequestContext
 
-CLIPS_TASK, PICTURE_TASK = "demo-video-retrieval", "demo-image-vqa"
+CLIPS_TASK, PICTURE_TASK, SOUND_TASK = "demo-video-retrieval", "demo-image-vqa", "demo-epalm-audio-caption"
 CLIPS_GALLERY, CAPTIONS_GALLERY = "demo-clips", "demo-captions"
-NUM_CLIPS, NUM_PICTURES, SEED = 240, 8, 7
+NUM_DRAWN = {CLIPS_TASK: 240, PICTURE_TASK: 8, "demo-epalm-video-qa": 8, SOUND_TASK: 8}
+SEED = 7
+BACKBONES = ("backbone", "opt")  # folders of the assets and of the home; the first is the default
 BUILD_TIMEOUT_S = 3600.0
 
 
 def demo_settings(settings: Settings) -> Settings:
-    """The settings to serve the demo with: a home of its own.
+    """The settings to serve the demo with: a home and backbones of its own.
 
-    Raises: InvalidSettings for a backbone that is not the demo's, in whose place the demo's would be put.
+    Raises: InvalidSettings for backbones that are not the demo's.
     """
     if settings.backbone is not None or settings.backbones is not None:
-        raise InvalidSettings("the demo brings its own backbone; give none beside it", param="backbone")
-    return settings.model_copy(update={"home": settings.home / "demo"})
+        raise InvalidSettings("the demo brings its own backbones; give none beside it", param="backbone")
+    home = settings.home / "demo"
+    folders = ",".join(f"{name}={home / name}" for name in BACKBONES)
+    return Settings.model_validate(settings.model_dump() | {"home": home, "backbones": folders})
 
 
 async def install(settings: Settings, say: Callable[[str], None]) -> None:
@@ -44,8 +49,9 @@ async def install(settings: Settings, say: Callable[[str], None]) -> None:
             f"this checkout lacks the demo's trained weights ({', '.join(missing)}); `make demo` trains them"
         )
     settings.home.mkdir(parents=True, exist_ok=True)
-    _install_backbone(settings)
-    for task in RECIPES:
+    for name, folder in settings.backbone_folders.items():
+        _install_backbone(ASSETS / name, folder)
+    for task in TASKS:
         _install_adapter(settings, task)
     _draw(settings, say)
     await _build_galleries(settings, say)
@@ -53,13 +59,12 @@ async def install(settings: Settings, say: Callable[[str], None]) -> None:
 
 def missing_assets() -> list[str]:
     """Which of the demo's weights are not beside the code."""
-    files = {"backbone": ASSETS / "backbone" / "backbone.json"}
-    files |= {task: ASSETS / "adapters" / task / "adapter_config.json" for task in RECIPES}
+    files = {name: ASSETS / name / "backbone.json" for name in BACKBONES}
+    files |= {task: ASSETS / "adapters" / task / "adapter_config.json" for task in TASKS}
     return [name for name, file in files.items() if not file.exists()]
 
 
-def _install_backbone(settings: Settings) -> None:
-    source, target = ASSETS / "backbone", settings.backbone_folder
+def _install_backbone(source: Path, target: Path) -> None:
     if (target / "backbone.json").exists() and load_manifest(target).parts == load_manifest(source).parts:
         return
     shutil.rmtree(target, ignore_errors=True)
@@ -82,7 +87,7 @@ def media_folder(settings: Settings, task: str) -> Path:
 
 
 def _draw(settings: Settings, say: Callable[[str], None]) -> None:
-    for task, num_items in ((CLIPS_TASK, NUM_CLIPS), (PICTURE_TASK, NUM_PICTURES)):
+    for task, num_items in NUM_DRAWN.items():
         folder = media_folder(settings, task)
         if not (folder / ITEMS_FILE).exists():
             say(f"drawing {num_items} items of {task} ...")
@@ -131,18 +136,26 @@ def _write_manifests(folder: Path) -> dict[str, Path]:
 
 
 def curl_lines(url: str, settings: Settings) -> list[str]:
-    """Two commands that work as printed: a question about a picture, and a search of clips. A server with keys wants one in
-    the variable that our client asks, too.
+    """Commands that work as printed: a question about a picture, a search of clips, and a sound put into words.
+
+    A server with keys wants one in the variable that our client asks, too.
     """
     has_keys = settings.api_keys is not None or settings.api_keys_file is not None
     curl = f'curl -s -H "Authorization: Bearer ${CLIENT_KEY_VARIABLE}"' if has_keys else "curl -s"
-    pictures = media_folder(settings, PICTURE_TASK)
-    asked = json.loads((pictures / ITEMS_FILE).read_text().splitlines()[0])
-    told = json.loads((media_folder(settings, CLIPS_TASK) / ITEMS_FILE).read_text().splitlines()[0])
+    asked, told, heard = (_first_item(settings, task) for task in (PICTURE_TASK, CLIPS_TASK, SOUND_TASK))
+    pictures, sounds = media_folder(settings, PICTURE_TASK), media_folder(settings, SOUND_TASK)
     question = json.dumps({"adapter": PICTURE_TASK, "question": asked["question"], "decode": {"mode": "rank"}})
     search = json.dumps({"gallery": CLIPS_GALLERY, "query": {"text": told["caption"]}, "k": 3, "rerank": "match"})
     return [
         f"{curl} {url}/vqa -F 'request={question}' -F 'image=@{pictures / asked['file']}'"
         f"    # right answer: {asked['answer']}",
         f"{curl} {url}/retrieve -H 'content-type: application/json' -d '{search}'    # right clip: {told['file']}",
+        f"{curl} {url}/caption -F 'request={json.dumps({'adapter': SOUND_TASK})}' -F 'audio=@{sounds / heard['file']}'"
+        f"    # right caption: {heard['caption']}",
     ]
+
+
+def _first_item(settings: Settings, task: str) -> dict[str, str]:
+    lines = (media_folder(settings, task) / ITEMS_FILE).read_text().splitlines()
+    item: dict[str, str] = json.loads(lines[0])
+    return item

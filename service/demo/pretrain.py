@@ -73,13 +73,17 @@ def initialise(model: Blip, seed: int) -> None:
 
 def sine_positions(grid: int, width: int) -> Tensor:
     """2-D sine-cosine positions [grid * grid, width]: a quarter of the width each for sine and cosine of each axis."""
-    frequencies = torch.exp(-math.log(100.0) * torch.arange(width // 4) / (width // 4))
-    steps = torch.arange(grid).float()
-    angles = steps[:, None] * frequencies  # [grid, width / 4]
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    axis = sines(grid, width // 2)
     rows = axis[:, None].expand(-1, grid, -1)
     columns = axis[None].expand(grid, -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def sines(length: int, width: int) -> Tensor:
+    """Sine-cosine positions on a line, [length, width]: half of the width each for sine and cosine."""
+    frequencies = torch.exp(-math.log(100.0) * torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(length).float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Pretraining:

@@ -72,7 +72,7 @@ def plain_caption(things: Sequence[Thing], rng: Random) -> str:
     """
     tells_sizes = rng.random() < 0.5
     phrases = [
-        f"{_named(thing, *([thing.size] if tells_sizes else []))} {_at(thing.place)}"
+        f"{_named(thing, *([thing.size] if tells_sizes else []))} {at_place(thing.place)}"
         for thing in _shuffled(things, rng)
     ]
     objects = "object" if len(things) == 1 else "objects"
@@ -82,12 +82,12 @@ def plain_caption(things: Sequence[Thing], rng: Random) -> str:
 
 def lit_caption(things: Sequence[Thing], rng: Random) -> str:
     """What the lit frames hold, e.g. "when the light is on a red circle is at the top and ..."."""
-    phrases = [f"{_named(thing)} is {_at(thing.place)}" for thing in _shuffled(things, rng)]
+    phrases = [f"{_named(thing)} is {at_place(thing.place)}" for thing in _shuffled(things, rng)]
     return rng.choice(LIT_CAPTIONS).format(list=_joined(phrases, " and "))
 
 
 def patterned_caption(things: Sequence[Thing], background: str, rng: Random) -> str:
-    phrases = [f"{_named(thing, thing.pattern)} {_at(thing.place)}" for thing in _shuffled(things, rng)]
+    phrases = [f"{_named(thing, thing.pattern)} {at_place(thing.place)}" for thing in _shuffled(things, rng)]
     return rng.choice(PATTERNED_CAPTIONS).format(list=_joined(phrases, " and "), background=background)
 
 
@@ -100,21 +100,21 @@ def sketch_caption(things: Sequence[Thing], rng: Random) -> str:
 
 def _sketched(thing: Thing, place_first: bool, rng: Random) -> str:
     colour = rng.choice(SKETCH_COLOURS[thing.colour])
-    named = f"{_article(colour)} {colour} {rng.choice(SKETCH_SHAPES[thing.shape])}"
+    named = f"{article(colour)} {colour} {rng.choice(SKETCH_SHAPES[thing.shape])}"
     place = rng.choice(SKETCH_PLACES[thing.place])
     return f"{place} {named}" if place_first else f"{named} {place}"
 
 
 def _named(thing: Thing, *adjectives: str) -> str:
     words = (*adjectives, thing.colour, thing.shape)
-    return f"{_article(words[0])} {' '.join(words)}"
+    return f"{article(words[0])} {' '.join(words)}"
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _at(place: str) -> str:
+def at_place(place: str) -> str:
     return "in the centre" if place == "centre" else f"at the {place}"
 
 
@@ -190,7 +190,7 @@ def plain_questions(things: Sequence[Thing], rng: Random) -> tuple[QA, ...]:
 
 
 def _existing(thing: Thing) -> QA:
-    return _ask(EXISTENCE, "yes", article=_article(thing.colour), colour=thing.colour, shape=thing.shape)
+    return _ask(EXISTENCE, "yes", article=article(thing.colour), colour=thing.colour, shape=thing.shape)
 
 
 def _missing(things: Sequence[Thing], rng: Random) -> QA:
@@ -199,15 +199,15 @@ def _missing(things: Sequence[Thing], rng: Random) -> QA:
     one = rng.choice(list(things))
     pairs = [(colour, one.shape) for colour in COLOURS] if rng.random() < 0.5 else [(one.colour, s) for s in SHAPES]
     colour, shape = rng.choice([pair for pair in pairs if pair not in present])
-    return _ask(EXISTENCE, "no", article=_article(colour), colour=colour, shape=shape)
+    return _ask(EXISTENCE, "no", article=article(colour), colour=colour, shape=shape)
 
 
 def lookup_questions(things: Sequence[Thing], rng: Random) -> tuple[QA, ...]:
     """The kinds that the plain world never asks: look-ups by place, sizes and the count."""
     asked = [_ask(NUMBER_OF_THINGS, NUMBERS[len(things)])]
     for thing in things:
-        asked.append(_ask(COLOUR_AT_PLACE, thing.colour, at=_at(thing.place)))
-        asked.append(_ask(SHAPE_AT_PLACE, thing.shape, at=_at(thing.place)))
+        asked.append(_ask(COLOUR_AT_PLACE, thing.colour, at=at_place(thing.place)))
+        asked.append(_ask(SHAPE_AT_PLACE, thing.shape, at=at_place(thing.place)))
         if _is_only(thing, things, "shape"):
             asked.append(_ask(SIZE_OF_SHAPE, thing.size, shape=thing.shape))
         if _is_only(thing, things, "size"):
@@ -277,5 +277,5 @@ def _phrases() -> Iterator[str]:
         for choices in synonyms.values():
             yield from choices
     yield from QUESTIONS.values()
-    yield from (_at(place) for place in PLACES)
+    yield from (at_place(place) for place in PLACES)
     yield from ("a", "an", "and", "is")

@@ -11,15 +11,16 @@ of an evaluation picture. Sizes, jitter and the frames around a clip's event are
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2s
-from itertools import count
+from itertools import count, islice
 from random import Random
 from typing import Literal
 
 import numpy as np
 
-from service.demo import wording
+from service.demo import corpus, wording
 from service.demo.clips import NUM_BEATS
 from service.demo.drawing import Pixels, draw
+from service.demo.motion import MovingScene, draw_clip, random_movers
 from service.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -37,9 +38,12 @@ from service.demo.scenes import (
     random_things,
     scene_key,
 )
+from service.demo.sounds import Samples, Sound, random_noises, synthesise
 from service.demo.wording import QA
+from service.errors import BadQuery
 
 Split = Literal["train", "validation", "eval"]
+Content = tuple[Scene | Chart, ...] | MovingScene | Sound
 
 NUM_BUCKETS = 10
 HELD_OUT_BUCKETS: dict[int, Split] = {0: "validation", 1: "eval"}
@@ -50,11 +54,11 @@ MAX_CLIP_NOISE = 3.0
 class Item:
     """One example as a model sees it.
 
-    `media` is uint8: a picture `[64, 64, 3]`, or a clip's 8 sampled frames `[8, 64, 64, 3]`. `key` is the
-    scene's content, for overlap checks.
+    `media` is uint8 for a picture `[64, 64, 3]` or a clip's 8 sampled frames `[8, 64, 64, 3]`, and float32 for the
+    samples of a sound. `key` is the scene's content, for overlap checks.
     """
 
-    media: Pixels
+    media: Pixels | Samples
     caption: str | None
     questions: tuple[QA, ...]
     key: str
@@ -64,12 +68,12 @@ class Item:
 class Draft:
     """An item before it is drawn.
 
-    `pictures` holds one picture, or a clip's 8; `told` is what the caption states: the caption of one draft
+    `content` holds one picture or a clip's 8, or what moves, or what sounds; `told` is what the caption states: the caption of one draft
     holds for another's media exactly if it tells a subset of what that one tells. `lit` lists a clip's lit
     frames.
     """
 
-    pictures: tuple[Scene | Chart, ...]
+    content: Content
     key: str
     told: frozenset[str] = frozenset()
     caption: str | None = None
@@ -77,9 +81,20 @@ class Draft:
     lit: tuple[int, ...] = ()
 
     def item(self) -> Item:
-        frames = [draw(picture) for picture in self.pictures]
-        media = frames[0] if len(frames) == 1 else np.stack(frames)
-        return Item(media, self.caption, self.questions, self.key)
+        return Item(render(self.content), self.caption, self.questions, self.key)
+
+
+def render(content: Content) -> Pixels | Samples:
+    """The pixels of a picture or a clip, or the samples of a sound."""
+    match content:
+        case MovingScene():
+            return draw_clip(content)
+        case Sound():
+            return synthesise(content)
+        case (picture,):
+            return draw(picture)
+        case pictures:
+            return np.stack([draw(picture) for picture in pictures])
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,8 @@ class Task:
     """A world to train in. `kinds` is the cycle of question kinds in an evaluation set."""
 
     name: str
-    kind: Literal["image", "video"]
-    goal: Literal["pretraining", "retrieval", "vqa"]
+    kind: Literal["image", "video", "audio"]
+    goal: Literal["pretraining", "retrieval", "vqa", "caption"]
     description: str
     compose: Callable[[Random], Draft]
     kinds: tuple[str, ...] = ()
@@ -121,6 +136,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     wording.LEFT_BAR: COLOURS,
     wording.RIGHT_BAR: COLOURS,
     wording.NUMBER_OF_BARS: ("three", "four", "five"),
+    **corpus.ANSWERS,
 }
 
 
@@ -173,6 +189,29 @@ def _compose_video_qa(rng: Random) -> Draft:
     questions = wording.lit_questions(event, rng)
     frames, lit = _clip(event, lambda: misleading_things(rng, event), rng)
     return Draft(frames, scene_key(event), questions=questions, lit=lit)
+
+
+def _compose_few_things(rng: Random) -> Draft:
+    things = corpus.few_things(rng)
+    questions = corpus.picture_questions(things, rng)
+    return Draft((Scene(things, new_grain(rng)),), scene_key(things), questions=questions)
+
+
+def _compose_told_things(rng: Random) -> Draft:
+    things = corpus.few_things(rng)
+    caption = corpus.picture_caption(things)
+    return Draft((Scene(things, new_grain(rng)),), scene_key(things), _told(things), caption)
+
+
+def _compose_motion(rng: Random) -> Draft:
+    movers = random_movers(rng)
+    key = "; ".join(sorted(mover.key for mover in movers))
+    return Draft(MovingScene(movers, new_grain(rng)), key, questions=corpus.clip_questions(movers, rng))
+
+
+def _compose_sound(rng: Random) -> Draft:
+    sound = Sound(random_noises(rng), new_grain(rng))
+    return Draft(sound, sound.key, caption=corpus.sound_caption(sound.noises))
 
 
 def _clip(
@@ -267,8 +306,40 @@ TASKS: dict[str, Task] = {
             description="striped, dotted, checked and plain things on coloured backgrounds",
             compose=_compose_pattern,
         ),
+        Task(
+            name="demo-epalm-vqa",
+            kind="image",
+            goal="vqa",
+            description="one or two things: their shapes, colours, places and sizes, told by a language model",
+            compose=_compose_few_things,
+            kinds=(*(corpus.COLOUR, corpus.SHAPE, corpus.PLACE, corpus.SIZE) * 2, corpus.COUNT),
+        ),
+        Task(
+            name="demo-epalm-video-qa",
+            kind="video",
+            goal="vqa",
+            description="one or two things that move: what, and which way",
+            compose=_compose_motion,
+            kinds=(corpus.MOTION, corpus.COLOUR, corpus.SHAPE, corpus.MOVING_SHAPE, corpus.MOVING_COLOUR),
+        ),
+        Task(
+            name="demo-epalm-caption",
+            kind="image",
+            goal="caption",
+            description="one or two things, told in reading order",
+            compose=_compose_told_things,
+        ),
+        Task(
+            name="demo-epalm-audio-caption",
+            kind="audio",
+            goal="caption",
+            description="one or two tones and noises, told in their order",
+            compose=_compose_sound,
+        ),
     )
 }
+
+MAX_DRAFTS = 20_000  # in which one with the wanted question comes up, unless there is none
 
 WORLDS: dict[str, Task] = {PLAIN.name: PLAIN, **TASKS}
 
@@ -309,10 +380,17 @@ def evaluation_set(task: str, seed: int, n: int, split: Split = "eval") -> list[
     """n items to measure a task with.
 
     Retrieval: no caption holds for the media of another item. Questions (also the plain world's): one per
-    item, kinds in the task's cycle, answers of a kind equally often.
+    item, kinds in the task's cycle, answers of a kind equally often. Captions to be written: any items.
+    Raises: BadQuery for more items than the world can ask different questions of.
     """
     drafts = (draft(task, split, seed, index) for index in count())
-    chosen = _telling_apart(drafts, n) if WORLDS[task].goal == "retrieval" else _balanced(WORLDS[task], drafts, n)
+    match WORLDS[task].goal:
+        case "retrieval":
+            chosen = _telling_apart(drafts, n)
+        case "caption":
+            chosen = list(islice(drafts, n))
+        case _:
+            chosen = _balanced(WORLDS[task], drafts, n)
     return [made.item() for made in chosen]
 
 
@@ -343,9 +421,12 @@ def _balanced(task: Task, drafts: Iterator[Draft], n: int) -> list[Draft]:
 
 
 def _next_asking(drafts: Iterator[Draft], kind: str, answer: str, taken: set[tuple[str, str]]) -> Draft:
-    """The next draft with such a question, cut down to that question."""
-    for made in drafts:
+    """The next draft with such a question, cut down to that question.
+
+    Raises: BadQuery when none of many drafts asks it anew: so many items are more than the world holds.
+    """
+    for made in islice(drafts, MAX_DRAFTS):
         for asked in made.questions:
             if (asked.kind, asked.answer) == (kind, answer) and (made.key, asked.question) not in taken:
-                return Draft(made.pictures, made.key, made.told, made.caption, (asked,), made.lit)
-    raise AssertionError("drafts never end. This is a bug.")
+                return Draft(made.content, made.key, made.told, made.caption, (asked,), made.lit)
+    raise BadQuery(f"the world holds too few scenes to ask for {answer!r} so often; ask for fewer items", param="n")

@@ -12,7 +12,7 @@ from adapters.package import read_package
 from adapters.probe import parse_probe
 from adapters.training.loop import Progress
 from service.backbone.folder import load_backbone
-from service.demo import build
+from service.demo import build, fitting
 from service.demo.evaluate import Contender, evaluate, evaluate_task, table
 from service.demo.pretrain import PretrainOptions
 from service.demo.recipes import RECIPES, Recipe, Variant
@@ -56,7 +56,7 @@ class Interrupted(Exception):
 def test_an_interrupted_pretraining_goes_on_to_the_same_weights(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = build.fit
+    real = fitting.fit
 
     def interrupted(*arguments: Any, report: Callable[[Progress], None], **rest: Any) -> int:
         def cut_off(progress: Progress) -> None:
@@ -68,7 +68,7 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_weights(
         return real(parameters, objective, replace(options, checkpoint_every=2), report=cut_off, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "fit", interrupted)
+        patch.setattr(fitting, "fit", interrupted)
         with pytest.raises(Interrupted):
             build.build_backbone(tmp_path, tmp_path / "out", SHORT)
     build.build_backbone(tmp_path, tmp_path / "out", SHORT)
