@@ -121,8 +121,14 @@ def build_opt_backbone(language: LanguageOptions, senses: Sequence[Sense], work:
         model.encoder(sense.encoder).load_state_dict(build_encoder(sense, work).state_dict())
     shutil.rmtree(out, ignore_errors=True)
     provenance: dict[str, JsonValue] = {
-        "language_model": {"seed": language.seed, "steps": language.steps},
-        **{sense.encoder: {"world": sense.world, "seed": sense.seed, "steps": sense.steps} for sense in senses},
+        "language_model": {
+            "seed": language.seed,
+            "steps": [language.steps, language.condensed_steps, language.alone_steps],
+        },
+        **{
+            sense.encoder: {"world": sense.world, "seed": sense.seed, "steps": [sense.named_steps, sense.steps]}
+            for sense in senses
+        },
     }
     write_backbone(out, model.to(STORED_DTYPE), tokenizer, provenance)
 

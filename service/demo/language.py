@@ -25,12 +25,11 @@ SCHEDULE = Schedule(3, (0, 1, 2, 2))  # which vector enters which layer: the ada
 REGISTERS = NUMBERS[1:5]  # words before condensed texts, without places
 SHARE_IN_REGISTERS = 0.25  # of the rows, later on
 OUTPUT_SCALE = 0.03  # of the maps that write into the residual stream
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class LanguageOptions:
-    """Schedule of the training. `told_weight` is what words outside of answers count: most cannot be foreseen."""
+    """Schedule of the training, in three stages: text; what vectors tell; and that again, with questions asked alone."""
 
     steps: int = 9000
     lists_until: int = 2500  # steps of lists alone
@@ -43,7 +42,6 @@ class LanguageOptions:
     alone_steps: int = 1400  # and after these
     alone_batch_size: int = 64
     alone_learning_rate: float = 1e-3
-    told_weight: float = 1.0
     seed: int = 3
 
 
@@ -110,7 +108,7 @@ class TextOnlyTraining:
         losses = losses.view(len(ids), -1)
         answers = self._in_answers(ids)[:, :-1] & mask[:, 1:]
         told = mask[:, 1:] & ~answers
-        parts = {"told": self.options.told_weight * losses[told].mean()}
+        parts = {"told": losses[told].mean()}
         return parts | {"answers": losses[answers].mean()} if answers.any() else parts
 
     def _in_answers(self, ids: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.families.epalm import PROMPT
+from adapters.families.epalm import PROMPT, EPalm
 from adapters.package import read_package
 from service.backbone.folder import load_backbone
 from service.backbone.opt_backbone import OptBackbone
 from service.demo.build_opt import build_epalm, build_fine_tuned_epalm, build_opt_backbone, linear_fit
 from service.demo.evaluate import Contender, evaluate_task, table
-from service.demo.language import LanguageOptions
+from service.demo.language import SCHEDULE, LanguageOptions
 from service.demo.perception import SENSES
-from service.demo.recipes import EPALM_RECIPES, EpalmRecipe
+from service.demo.recipes import EPALM_RECIPES, EpalmRecipe, epalm_config
 from service.demo.samples import write_samples
 from service.demo.told import told_batch
 
@@ -89,6 +89,12 @@ def test_a_task_is_trained_packaged_and_measured(task: str, folder: Path, tmp_pa
     assert row["frozen, perceiving nothing"]["tunable_share"] == 0
     printed = table({"seed": 3, "items": 6, "tasks": {task: row}})
     assert all(f"| {task} | {contender.name} |" in printed for contender in contenders)
+
+
+@pytest.mark.parametrize("task", EPALM_RECIPES)
+def test_vectors_enter_where_the_language_model_learned_to_read_them(task: str, backbone: OptBackbone) -> None:
+    config = epalm_config(EPALM_RECIPES[task], backbone)
+    assert EPalm().schedule(config, backbone.dims()) == SCHEDULE
 
 
 def test_the_fit_that_connectors_start_from_finds_a_linear_map() -> None:
