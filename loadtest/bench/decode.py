@@ -1,23 +1,22 @@
 """Decoding with what does not change kept, against running the language model over the whole text for every token.
 
-    python -m loadtest.bench decode [--size tiny|opt-350m] [--device cpu|cuda] [--dtype float32|bfloat16] [--batch 1]
-                                    [--tokens 30] [--repeats 3]
+    python -m loadtest.bench decode [--size tiny|opt-350m] [--batch 1] [--tokens 30]
 
 The authors of eP-ALM decode without a cache, since the token they inject does not fit one. Both sides write the same number
 of tokens greedily, for the same rows; the sequences must be equal. The window ends at the last layer but one, as in all
-released configurations. Weights are random; speed does not know. A table for people, the last line JSON.
+released configurations. Weights are random; speed does not know.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters.families.base import NOTHING, Schedule, SlotView, UniformAdaptation
 from adapters.families.epalm import EPalm
-from loadtest.bench.timing import medians
+from loadtest.bench.harness import Bench, Table, take_turns
+from loadtest.bench.models import randomize
 from service.backbone.config import LanguageModelConfig, OptConfig, OptSpecialIds
 from service.backbone.opt import Opt
 
@@ -45,11 +44,8 @@ def make_model(config: LanguageModelConfig, device: torch.device, dtype: torch.d
     """A random model; small numbers, so that nothing overflows."""
     with torch.device(device):
         model = Opt(OptConfig(language_model=config, special_ids=OptSpecialIds(pad=1, bos=2, eos=2)))
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.02, generator=generator)
-    return model.to(dtype).eval().requires_grad_(False)
+    randomize(model, device, dtype)
+    return model
 
 
 def make_adaptation(config: LanguageModelConfig, device: torch.device, dtype: torch.dtype) -> UniformAdaptation:
@@ -92,44 +88,28 @@ def uncached(model: Opt, ids: Tensor, features: list[Tensor], adaptation: Unifor
 
 def main(words: Sequence[str]) -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(
-        prog="loadtest.bench decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args(words)
-    device, dtype, config = torch.device(arguments.device), getattr(torch, arguments.dtype), SIZES[arguments.size]
+    bench = Bench("decode", __doc__, sorted(SIZES, reverse=True), repeats=3)
+    bench.parser.add_argument("--batch", type=int, default=1)
+    bench.parser.add_argument("--tokens", type=int, default=30)
+    arguments = bench.start(words)
+    device, dtype, config = bench.device, bench.dtype, SIZES[arguments.size]
     model, adaptation = make_model(config, device, dtype), make_adaptation(config, device, dtype)
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(FIRST_WORD, config.vocab_size, (arguments.batch, QUESTION_LENGTH), generator=generator).to(
-        device
-    )
+    shape = (arguments.batch, QUESTION_LENGTH)
+    ids = torch.randint(FIRST_WORD, config.vocab_size, shape, generator=generator).to(device)
     features = [
         torch.randn(FEATURES, ENCODER_WIDTH, generator=generator).to(device, dtype) for _ in range(arguments.batch)
     ]
+    ways = {
+        name: partial(way, model, ids, features, adaptation, arguments.tokens)
+        for name, way in (("cached", cached), ("uncached", uncached))
+    }
     with torch.inference_mode():
-        results = [way(model, ids, features, adaptation, arguments.tokens) for way in (cached, uncached)]
-    is_equal = bool(torch.equal(*results))
-    seconds = medians(
-        {
-            "cached": lambda: cached(model, ids, features, adaptation, arguments.tokens),
-            "uncached": lambda: uncached(model, ids, features, adaptation, arguments.tokens),
-        },
-        arguments.repeats,
-        device,
-    )
+        is_equal = bool(torch.equal(*(way() for way in ways.values())))
+    seconds = take_turns(ways, arguments.repeats, device)
     count = arguments.batch * arguments.tokens
-    print(
-        f"decoding, {arguments.size}, batch {arguments.batch}, {arguments.tokens} tokens, {arguments.dtype} on {device}\n"
-    )
-    print(f"{'':24s}{'tokens/s':>10s}{'of uncached':>14s}")
-    for name, value in seconds.items():
-        print(f"{name:24s}{count / value:10.1f}{seconds['uncached'] / value:14.2f}")
-    print(f"the same sequences: {is_equal}")
-    result = {"bench": "decode", "size": arguments.size, "batch": arguments.batch, "tokens": arguments.tokens}
-    result |= {"dtype": arguments.dtype, "device": str(device), "equal": is_equal}
-    print(json.dumps(result | {"median_s": seconds}))
+    table = Table(f"decoding, batch {arguments.batch}, {arguments.tokens} tokens", ("", "tokens/s", "of uncached"))
+    for name, spread in seconds.items():
+        table.rows.append((name, count / spread.median, seconds["uncached"].median / spread.median))
+    table.rows.append(("the same sequences", str(is_equal), ""))
+    bench.report([table], {"equal": is_equal, "seconds": seconds})

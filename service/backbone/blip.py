@@ -160,7 +160,7 @@ class TextStack(nn.Module):
         `factors` [B, M] scale the keys (frame-aware attention); 1 leaves a token as it is.
         """
         terms = None if adaptation is None else adaptation.memory(self.stack, y)
-        pairs = [layer.crossattention.remember(y, terms, factors) for layer in self._layers()]
+        pairs = [layer.crossattention.remember(y, terms, factors) for layer in self.text_layers()]
         return Memory([k for k, _ in pairs], [v for _, v in pairs], y_mask[:, None, None, :])
 
     def forward(
@@ -186,7 +186,8 @@ class TextStack(nn.Module):
         keys = [weight.new_zeros(shape) for _ in self.layers]
         return Cache(keys, [torch.zeros_like(k) for k in keys])
 
-    def _layers(self) -> Iterator[TextLayer]:
+    def text_layers(self) -> Iterator[TextLayer]:
+        """The layers, in order."""
         for layer in self.layers:
             assert isinstance(layer, TextLayer)
             yield layer

@@ -1,0 +1,65 @@
+"""Random models and adapters of the sizes that are served; speed does not know what weights say."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from adapters.config import AdapterConfig, BackboneRef, Preprocessing
+from adapters.families.base import BlipDims, SlotView
+from adapters.families.uniadapter import UniAdapter, init_tensors
+from service.backbone.blip import Blip
+from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionConfig
+
+IDS = SpecialIds(pad=0, cls=1, sep=2, bos=3, enc=4)
+
+
+def _blip(width: int, layers: int, heads: int, grid: int, vocab_size: int, embed_dim: int) -> BlipConfig:
+    sizes = {"width": width, "layers": layers, "heads": heads, "mlp_width": 4 * width}
+    text = TextConfig(**sizes, vocab_size=vocab_size, max_positions=512, memory_width=width)
+    vision = VisionConfig(**sizes, patch=16, grid=grid)
+    return BlipConfig(vision=vision, text_encoder=text, decoder=text, embed_dim=embed_dim, special_ids=IDS)
+
+
+BLIP_SIZES = {
+    "tiny": _blip(width=128, layers=4, heads=4, grid=4, vocab_size=1000, embed_dim=32),
+    "base": _blip(width=768, layers=12, heads=12, grid=24, vocab_size=30524, embed_dim=256),
+}
+
+
+def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gains of 1, everything else small, so that nothing overflows."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.02, generator=generator)
+    model.to(dtype).eval().requires_grad_(False)
+
+
+def make_blip(config: BlipConfig, device: torch.device, dtype: torch.dtype) -> Blip:
+    """A random BLIP."""
+    with torch.device(device):
+        model = Blip(config)
+    randomize(model, device, dtype)
+    return model
+
+
+def make_slots(
+    config: BlipConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype
+) -> Sequence[SlotView]:
+    """`count` different UniAdapters of a rank, folded as the bank folds them."""
+    vision = config.vision
+    family, dims = UniAdapter(), BlipDims(vision.width, vision.layers, config.embed_dim or 1, ())
+    adapter = AdapterConfig(
+        family="uniadapter",
+        task="vqa",
+        rank=rank,
+        backbone=BackboneRef(architecture="blip", width=vision.width, layers=vision.layers, parts={}),
+        preprocessing=Preprocessing(resolution=vision.grid * vision.patch),
+    )
+    slots = []
+    for seed in range(count):
+        tensors = init_tensors(adapter, dims, torch.Generator().manual_seed(seed))
+        folded = family.fold(adapter, tensors, dims)
+        slots.append(SlotView(family, {name: tensor.to(device, dtype) for name, tensor in folded.items()}))
+    return slots
