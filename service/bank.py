@@ -6,8 +6,10 @@ Tiers of an adapter, by weights digest:
 
 `hold` keeps an adapter on the host for as long as somebody has it (a pin); the least recently used others make room.
 Slots are written by the device thread alone, between batches, in the order of its stream: no batch that read a slot can
-still be running when it is overwritten. Slot tensors are allocated once and never move. Slot 0 is `__base__`: it adds
-nothing and projects with the backbone's own heads.
+still be running when it is overwritten. Slot tensors are allocated once and never move: those of a bucket are a *stack*,
+whose neighbours one batched product serves. On a CPU, host and device are the same memory: a slot of a wide bucket only
+refers to what is on the host, whose matrices were packed when it was folded. Slot 0 is `__base__`: it adds nothing and
+projects with the backbone's own heads.
 """
 
 import logging
@@ -16,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,7 +28,9 @@ from adapters.config import BASE_ADAPTER, AdapterConfig, Architecture
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families import families_for, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
+from adapters.families.slots import DEFAULT_KERNELS, Kernels, Layered, Place
 from adapters.package import Package
+from adapters.products import can_pack, pack
 from service.errors import NoFreeSlot
 from service.logs import event
 from service.metrics import Metrics
@@ -40,23 +44,30 @@ DEFAULT_BUCKETS: Mapping[Architecture, Buckets] = {
     "opt": ((1, 16), (8, 16), (32, 2)),
 }
 TIERS = ("host", "device")
+PACKED_FROM = 256  # the rank from which packed matrices, one product each, beat batched products over a stack
 
 
 @dataclass(frozen=True)
 class HostAdapter:
-    """An adapter on the host: folded slot tensors at its own rank, in the serving dtype, heads included."""
+    """An adapter on the host: folded slot tensors at its own rank, in the serving dtype, heads included, perhaps packed."""
 
     digest: str
     config: AdapterConfig
     family: Family
     slot_rank: int
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Layered]
     schedule: Schedule | None = None
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(_num_bytes(tensor) for tensor in self.tensors.values())
+
+
+def _num_bytes(tensor: Layered) -> int:
+    if isinstance(tensor, tuple):
+        return sum(map(_num_bytes, tensor))
+    return tensor.numel() * tensor.element_size()
 
 
 def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> HostAdapter:
@@ -74,6 +85,13 @@ def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> Ho
             raise NonFiniteTensor(f"{name} does not fit into {dtype} after folding")
     schedule = family.schedule(package.config, dims)
     return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast, schedule)
+
+
+def pack_adapter(adapter: HostAdapter) -> HostAdapter:
+    """The adapter with the matrices packed that gain by it."""
+    names = [f"{name}.weight" for name in adapter.family.layer_maps()]
+    packed = {name: tuple(pack(layer) for layer in adapter.tensors[name]) for name in names if name in adapter.tensors}
+    return replace(adapter, tensors={**adapter.tensors, **packed})
 
 
 @dataclass
@@ -97,15 +115,20 @@ class _Slot:
 
 @dataclass
 class _Bucket:
-    """The stacked tensors [num_slots, ...] of one family and rank."""
+    """The slots of one family and rank, which hold tensors of these names.
 
-    tensors: dict[str, Tensor]
+    `stack` has the tensors [num_slots, ...] of all slots; None: they refer to what is on the host.
+    """
+
+    names: frozenset[str]
+    stack: dict[str, Tensor] | None
     slots: list[_Slot] = field(default_factory=list)
 
-    @cached_property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot."""
-        return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
+    def num_bytes(self, slot: _Slot) -> int:
+        """Bytes of a slot: its part of the stack, or what it refers to."""
+        if self.stack is not None:
+            return sum(_num_bytes(tensor[0]) for tensor in self.stack.values())
+        return 0 if slot.view is None else sum(map(_num_bytes, slot.view.tensors.values()))
 
 
 class AdapterBank:
@@ -121,12 +144,19 @@ class AdapterBank:
         buckets: Buckets,
         host_bytes: int,
         metrics: Metrics,
+        kernels: Kernels = DEFAULT_KERNELS,
+        packed_from: int = PACKED_FROM,
     ) -> None:
-        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone."""
+        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone.
+
+        Buckets of a rank from `packed_from` on hold packed adapters, where there is anything to gain by it.
+        """
         self.dims = dims
         self.device = device
         self.dtype = dtype
         self.buckets = buckets
+        self._kernels = kernels
+        self._packed_from = packed_from
         self._heads = dict(heads)
         self._base = SlotView(None, self._heads)
         self._host_bytes = host_bytes
@@ -143,15 +173,30 @@ class AdapterBank:
         for family in families_for(self.dims.architecture):
             for rank, num_slots in self.buckets:
                 shapes = family.slot_shapes(self.dims, rank) | {n: tuple(t.shape) for n, t in self._heads.items()}
-                tensors = {
-                    name: torch.zeros((num_slots, *shape), dtype=self.dtype, device=self.device)
-                    for name, shape in shapes.items()
-                }
+                stack = None
+                if not self._packs(family, rank):
+                    stack = {
+                        name: torch.zeros((num_slots, *shape), dtype=self.dtype, device=self.device)
+                        for name, shape in shapes.items()
+                    }
                 slots = [_Slot(family.name, rank, index) for index in range(num_slots)]
-                allocated[family.name, rank] = _Bucket(tensors, slots)
+                allocated[family.name, rank] = _Bucket(frozenset(shapes), stack, slots)
         return allocated
 
+    def _packs(self, family: Family, rank: int) -> bool:
+        """Whether adapters of that rank are packed, hence buckets of that rank refer to the host."""
+        return bool(family.layer_maps()) and rank >= self._packed_from and can_pack(self.device, self.dtype)
+
     # --- host tier ---------------------------------------------------------------------------------------
+
+    def fold(self, package: Package) -> HostAdapter:
+        """A package as this bank holds it, see `fold_package`. Any thread."""
+        assert self.dims is not None, "the caller checked that the backbone takes adapters. This is a bug."
+        return self.lay_out(fold_package(package, self.dims, self.dtype))
+
+    def lay_out(self, adapter: HostAdapter) -> HostAdapter:
+        """An adapter laid out for this bank's slots: packed, where they refer to it. Any thread."""
+        return pack_adapter(adapter) if self._packs(adapter.family, adapter.slot_rank) else adapter
 
     @property
     def max_rank(self) -> int:
@@ -301,15 +346,14 @@ class AdapterBank:
         if slot.digest is not None:
             self._empty(slot)
         bucket = self._buckets[slot.family, slot.rank]
-        views: dict[str, Tensor] = {}
-        for name, tensor in {**self._heads, **adapter.tensors}.items():
-            if name not in bucket.tensors:  # a head that this backbone does not have, so nothing will project with it
-                continue
-            place = bucket.tensors[name][slot.index]
-            view = place[tuple(slice(0, size) for size in tensor.shape)]  # the adapter's own rank
-            view.copy_(tensor, non_blocking=True)
-            views[name] = view
-        slot.view = SlotView(adapter.family, views, adapter.schedule)
+        tensors = {**self._heads, **adapter.tensors}
+        # a head that this backbone does not have is left out: nothing will project with it
+        own = {name: tensor for name, tensor in tensors.items() if name in bucket.names}
+        if bucket.stack is None:
+            slot.view = SlotView(adapter.family, own, adapter.schedule)
+        else:
+            views = {name: _copy(tensor, bucket.stack[name][slot.index]) for name, tensor in own.items()}
+            slot.view = SlotView(adapter.family, views, adapter.schedule, Place(bucket.stack, slot.index))
         slot.digest = adapter.digest
         self._metrics.adapter_loads.labels("device").inc()
         seconds = time.perf_counter() - start
@@ -343,7 +387,23 @@ class AdapterBank:
         return {"device": device, "host": host}
 
     def _slot_bytes(self, slot: _Slot) -> int:
-        return self._buckets[slot.family, slot.rank].slot_bytes
+        return self._buckets[slot.family, slot.rank].num_bytes(slot)
+
+    def place(self, digest: str) -> tuple[str, int, int]:
+        """Where an adapter's slot is: sorted by it, rows of neighbouring slots stand next to each other."""
+        slot = self._slot_of(digest)
+        return ("", 0, 0) if slot is None else (slot.family, slot.rank, slot.index)
+
+    def adapt(self, views: Sequence[SlotView], slot_of_row: Sequence[int]) -> Adaptation:
+        """The adaptation of a batch whose row i uses `views[slot_of_row[i]]`."""
+        return adapt_rows(views, slot_of_row, self._kernels)
+
+
+def _copy(tensor: Layered, place: Tensor) -> Tensor:
+    """Copy a tensor into the corner of a slot that it fills, and return that corner."""
+    assert isinstance(tensor, Tensor), "a packed adapter is in a bucket with a stack. This is a bug."
+    view = place[tuple(slice(0, size) for size in tensor.shape)]
+    return view.copy_(tensor, non_blocking=True)
 
 
 class SlotLease:
@@ -400,7 +460,7 @@ class BatchLeases:
             return None
         order = {digest: index for index, digest in enumerate(self._leases)}
         views = [lease.view for lease in self._leases.values()]
-        return adapt_rows(views, [order[digest] for digest in digest_of_row], self._lender.device)
+        return self._lender.adapt(views, [order[digest] for digest in digest_of_row])
 
     def release(self) -> None:
         """Release every lease."""

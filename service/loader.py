@@ -40,7 +40,7 @@ from service.auth import Principal
 from service.backbone.base import Backbone
 from service.backbone.config import AstConfig, BlipConfig, OptConfig
 from service.backbones import DEFAULT, Backbones
-from service.bank import AdapterBank, fold_package
+from service.bank import AdapterBank
 from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.logs import event
 from service.metrics import Metrics, Resident
@@ -375,7 +375,7 @@ class Loader:
         package = self.read(record)
         hosted = self._backbones.hosting(package.config)
         check_servable(package.config, hosted.backbone, hosted.bank)
-        hosted.bank.put(fold_package(package, hosted.dims(), hosted.bank.dtype), hold=hold)
+        hosted.bank.put(hosted.bank.fold(package), hold=hold)
 
     def residency(self) -> dict[Resident, int]:
         """Bytes that each adapter takes in each tier, under its registered name; what has none is one sum. Any thread.

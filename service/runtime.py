@@ -173,6 +173,7 @@ class Runtime:
 
     def _host(self, name: str, backbone: Backbone) -> HostedBackbone:
         self.metrics.backbone_loads.inc()
+        backbone.pack()
         return HostedBackbone(name, backbone, _make_bank(backbone, self.settings, self.metrics))
 
     async def start(self) -> None:

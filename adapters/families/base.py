@@ -6,8 +6,10 @@ is written once, on slot tensors: the bank serves slots filled with folded numbe
 anew each step and lets gradients flow through the fold.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.config import AdapterConfig, Architecture, BackboneRef
+from adapters.families.slots import DEFAULT_KERNELS, Kernels, ManySlots, OneSlot, Part, Place, Slot, Weights
 
 Stack = Literal["vision", "text", "decoder"]
-Role = Literal["mlp", "text", "query", "cross"]
+Role = Literal["mlp", "text", "cross"]
 SlotTensors = Mapping[str, Tensor]
 
 
@@ -26,8 +29,8 @@ class Site(NamedTuple):
 
     stack "vision", role "mlp":   parallel to the block's MLP, reads what enters the second LayerNorm
     stack "text", role "text":    parallel to the feed-forward of a layer run without cross-attention
-    role "query":                 read before the cross-attention, added after the feed-forward
-    role "cross":                 read after the cross-attention, parallel to the feed-forward
+    role "cross":                 parallel to the feed-forward of a layer with cross-attention, reads what enters the
+                                  cross-attention and what leaves it
     """
 
     stack: Stack
@@ -167,24 +170,31 @@ class Family(Protocol):
     def site_groups(self, config: AdapterConfig, dims: BackboneDims) -> dict[str, tuple[str, ...]]:
         """Groups of package tensors that, each zeroed as a whole, must change what the adapter computes."""
 
-    def delta(self, site: Site, x: Tensor, slot: SlotTensors) -> Tensor | None:
-        """The term one slot adds at a site for its rows x [B, T, D], or None where it never adds one."""
+    def layer_maps(self) -> tuple[str, ...]:
+        """Linear maps of a slot, one a layer: what most of the time goes into, and may be packed (`adapters.products`)."""
 
-    def memory(self, stack: Stack, y: Tensor, slot: SlotTensors) -> tuple[Tensor, Tensor] | None:
+    def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
+        """The term a slot adds at a site for its rows x [B, T, D], or None where it never adds one.
+
+        `before` [B, T, D] is what entered the cross-attention that x left, at "cross" sites; without it, what a family makes
+        of it is left out.
+        """
+
+    def memory(self, stack: Stack, y: Tensor, slot: OneSlot) -> tuple[Tensor, Tensor] | None:
         """Terms [B, M, D] added to the keys and the values projected from y [B, M, D], or None."""
 
-    def prompt(self, slot: SlotTensors) -> Tensor | None:
+    def prompt(self, slot: OneSlot) -> Tensor | None:
         """The soft prompt [P, E] that stands before every text, or None."""
 
-    def inject(self, features: Tensor, slot: SlotTensors, schedule: Schedule) -> Tensor:
+    def inject(self, features: Tensor, slot: OneSlot, schedule: Schedule) -> Tensor:
         """What enters the layers, [B, N, D], made of an encoder's states [B, L, d] of the first token, all blocks."""
 
 
 class Adaptation(Protocol):
     """How the rows of one batch adapt the frozen forward. `None` in its place is the plain backbone."""
 
-    def delta(self, site: Site, x: Tensor) -> Tensor | None:
-        """Additive term [B, T, D] at a site for x [B, T, D]; None adds nothing."""
+    def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
+        """`out` [B, T, D] and each row's term at a site for x [B, T, D], see `Family.delta`; `out` may be written to."""
 
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Key and value terms [B, M, D] of a cross-attending stack, asked for once per stack; None adds nothing."""
@@ -204,132 +214,192 @@ class Adaptation(Protocol):
 
 @dataclass(frozen=True)
 class SlotView:
-    """One slot as the forward sees it: its family and its tensors, heads included, and what enters which layer."""
+    """One slot as the forward sees it: its family and its tensors, heads included, and what enters which layer.
+
+    `place` is where it lies beside other slots, if it does.
+    """
 
     family: Family | None
-    tensors: SlotTensors
+    tensors: Weights
     schedule: Schedule | None = None
+    place: Place | None = None
+
+    @property
+    def slot(self) -> OneSlot:
+        """The slot as a family's maths reads it."""
+        return OneSlot(self.tensors)
+
+    @cached_property
+    def sizes(self) -> tuple[torch.Size, ...]:
+        """Shapes of the matrices of its layers' maps. Slots of equal sizes can be one `ManySlots`."""
+        maps = () if self.family is None else self.family.layer_maps()
+        return tuple(self.slot.tensor(f"{name}.weight", 0).shape for name in maps)
+
+    def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See Family.memory."""
+        return None if self.family is None else self.family.memory(stack, y, self.slot)
 
     def prompt(self) -> Tensor | None:
         """Its soft prompt [P, E]."""
-        return None if self.family is None else self.family.prompt(self.tensors)
+        return None if self.family is None else self.family.prompt(self.slot)
 
     def inject(self, features: Sequence[Tensor]) -> tuple[Tensor, Schedule] | None:
         """What enters the layers of rows with these encoder states [L, d] each, [B, N, D], and where."""
         if self.family is None or self.schedule is None or not features:
             return None
-        return self.family.inject(torch.stack(list(features)), self.tensors, self.schedule), self.schedule
+        return self.family.inject(torch.stack(list(features)), self.slot, self.schedule), self.schedule
 
 
 @dataclass(frozen=True)
 class UniformAdaptation:
     """One slot for every row, however many: training, and batches of a single adapter."""
 
-    slot: SlotView
+    view: SlotView
 
-    def delta(self, site: Site, x: Tensor) -> Tensor | None:
-        """See Adaptation.delta."""
-        return None if self.slot.family is None else self.slot.family.delta(site, x, self.slot.tensors)
+    def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
+        """See Adaptation.add. Nothing is written to: gradients may flow."""
+        if self.view.family is None:
+            return out
+        term = self.view.family.delta(site, x, self.view.slot, before)
+        return out if term is None else out + term
 
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """See Adaptation.memory."""
-        return None if self.slot.family is None else self.slot.family.memory(stack, y, self.slot.tensors)
+        return self.view.memory(stack, y)
 
     def project(self, head: str, x: Tensor) -> Tensor:
         """See Adaptation.project."""
-        return functional.linear(x, self.slot.tensors[f"{head}.weight"], self.slot.tensors[f"{head}.bias"])
+        return self.view.slot.linear(x, head)
 
     def prompt(self, num_rows: int) -> Prompt | None:
         """See Adaptation.prompt."""
-        return _join_prompts([(range(num_rows), self.slot.prompt())], num_rows)
+        return _join_prompts([(range(num_rows), self.view.prompt())], num_rows)
 
     def inject(self, features: Sequence[Tensor | None]) -> Injection | None:
         """See Adaptation.inject."""
-        return _join_injections([(range(len(features)), self.slot)], features)
+        return _join_injections([(range(len(features)), self.view)], features)
 
     def expand(self, row_index: Tensor) -> "UniformAdaptation":
         """See Adaptation.expand."""
         return self
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """The rows [number of rows] of a batch that share a slot."""
+class RowGroup(NamedTuple):
+    """Rows `start` to `stop` of a batch, which share a slot."""
 
-    slot: UniformAdaptation
-    rows: Tensor
+    view: SlotView
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.start, self.stop)
+
+    @property
+    def part(self) -> Part:
+        """The rows as the kernels see them."""
+        return Part(self.start, self.stop, self.view.slot, self.view.place)
+
+
+class Span(NamedTuple):
+    """Rows of one family and size that follow one another, slot by slot, and all their slots as one."""
+
+    family: Family
+    groups: tuple[RowGroup, ...]
+    slots: ManySlots
+
+    @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.groups[0].start, self.groups[-1].stop)
 
 
 @dataclass(frozen=True)
 class GroupedAdaptation:
-    """Rows grouped by slot, made before the launch: each group runs its family's maths on its own rows.
+    """Rows with slots of their own, grouped before the launch.
 
-    `slot_of_row` lists the index into `slots` of every row. A slot without a family adds nothing and only projects.
+    `slot_of_row` lists the index into `slots` of every row. Any order gives the same numbers; rows that share a slot are
+    served best side by side, and slots that lie side by side in a bank in that order. A slot without a family adds nothing
+    and only projects.
     """
 
     slots: Sequence[SlotView]
     slot_of_row: tuple[int, ...]
-    device: torch.device
+    kernels: Kernels = DEFAULT_KERNELS
     groups: tuple[RowGroup, ...] = field(init=False)
+    spans: tuple[Span, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows_of: dict[int, list[int]] = {}
-        for row, slot in enumerate(self.slot_of_row):
-            rows_of.setdefault(slot, []).append(row)
-        groups = tuple(
-            RowGroup(UniformAdaptation(self.slots[slot]), torch.tensor(rows, dtype=torch.long, device=self.device))
-            for slot, rows in rows_of.items()
-        )
-        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "groups", tuple(self._group()))
+        object.__setattr__(self, "spans", tuple(self._span()))
 
-    def delta(self, site: Site, x: Tensor) -> Tensor | None:
-        """See Adaptation.delta."""
-        parts = [(group.rows, group.slot.delta(site, x.index_select(0, group.rows))) for group in self.groups]
-        return _assemble(x, parts)
+    def _group(self) -> Iterator[RowGroup]:
+        start = 0
+        for slot, rows in groupby(self.slot_of_row):
+            stop = start + len(list(rows))
+            yield RowGroup(self.slots[slot], start, stop)
+            start = stop
+
+    def _span(self) -> Iterator[Span]:
+        for (family, _), groups in groupby(self.groups, key=lambda group: (group.view.family, group.view.sizes)):
+            if family is not None:
+                own = tuple(groups)
+                yield Span(family, own, ManySlots([group.part for group in own], self.kernels))
+
+    def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
+        """See Adaptation.add."""
+        for family, groups, slots in self.spans:
+            if x.shape[1] * max(group.stop - group.start for group in groups) >= self.kernels.segments_from:
+                for group in groups:
+                    _add_term(family, site, x, out, before, group.rows, group.view.slot)
+            else:
+                _add_term(family, site, x, out, before, slice(groups[0].start, groups[-1].stop), slots)
+        return out
 
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """See Adaptation.memory."""
-        pairs = [(group.rows, group.slot.memory(stack, y.index_select(0, group.rows))) for group in self.groups]
-        keys = _assemble(y, [(rows, pair and pair[0]) for rows, pair in pairs])
-        values = _assemble(y, [(rows, pair and pair[1]) for rows, pair in pairs])
-        return None if keys is None or values is None else (keys, values)
+        terms = [(group.rows, group.view.memory(stack, y[group.rows])) for group in self.groups]
+        if all(pair is None for _, pair in terms):
+            return None
+        keys, values = torch.zeros_like(y), torch.zeros_like(y)
+        for rows, pair in terms:
+            if pair is not None:
+                keys[rows], values[rows] = pair
+        return keys, values
 
     def project(self, head: str, x: Tensor) -> Tensor:
         """See Adaptation.project."""
-        parts = [(group.rows, group.slot.project(head, x.index_select(0, group.rows))) for group in self.groups]
-        out = x.new_zeros(*x.shape[:-1], parts[0][1].shape[-1])
-        return _scatter(out, parts)
+        return torch.cat([group.view.slot.linear(x[group.rows], head) for group in self.groups])
 
     def prompt(self, num_rows: int) -> Prompt | None:
         """See Adaptation.prompt."""
-        return _join_prompts([(group.rows.tolist(), group.slot.slot.prompt()) for group in self.groups], num_rows)
+        own = [(range(group.start, group.stop), group.view.prompt()) for group in self.groups]
+        return _join_prompts(own, num_rows)
 
     def inject(self, features: Sequence[Tensor | None]) -> Injection | None:
         """See Adaptation.inject."""
-        return _join_injections([(group.rows.tolist(), group.slot.slot) for group in self.groups], features)
+        return _join_injections([(range(group.start, group.stop), group.view) for group in self.groups], features)
 
     def expand(self, row_index: Tensor) -> "GroupedAdaptation":
         """See Adaptation.expand."""
         rows = tuple(self.slot_of_row[index] for index in row_index.tolist())
-        return GroupedAdaptation(self.slots, rows, self.device)
+        return GroupedAdaptation(self.slots, rows, self.kernels)
 
 
-def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], device: torch.device) -> Adaptation:
+def _add_term(
+    family: Family, site: Site, x: Tensor, out: Tensor, before: Tensor | None, rows: slice, slot: Slot
+) -> None:
+    term = family.delta(site, x[rows], slot, None if before is None else before[rows])
+    if term is not None:
+        out[rows] += term
+
+
+def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], kernels: Kernels = DEFAULT_KERNELS) -> Adaptation:
     """The adaptation of a batch whose row i uses `slots[slot_of_row[i]]`."""
     if len(set(slot_of_row)) == 1:
         return UniformAdaptation(slots[slot_of_row[0]])
-    return GroupedAdaptation(slots, tuple(slot_of_row), device)
-
-
-def _assemble(like: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    present = [(rows, part) for rows, part in parts if part is not None]
-    return _scatter(torch.zeros_like(like), present) if present else None
-
-
-def _scatter(out: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    for rows, part in parts:
-        out.index_copy_(0, rows, part)
-    return out
+    return GroupedAdaptation(slots, tuple(slot_of_row), kernels)
 
 
 def columns_of(tensors: SlotTensors, name: str, default: int) -> int:

@@ -29,6 +29,7 @@ from adapters.families.base import (
     Stack,
     columns_of,
 )
+from adapters.families.slots import OneSlot, Slot
 
 EncoderName = Literal["vit", "timesformer", "ast"]
 PROMPT = "prompt_module.prefix_embedding"
@@ -194,22 +195,26 @@ class EPalm:
             groups["prompt"] = tuple(name for name in self.tensor_shapes(config, dims) if name.startswith(PROMPT))
         return groups
 
-    def delta(self, site: Site, x: Tensor, slot: SlotTensors) -> Tensor | None:
+    def layer_maps(self) -> tuple[str, ...]:
+        """See Family: none; connectors run once a request."""
+        return ()
+
+    def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
         """See Family: none."""
         return None
 
-    def memory(self, stack: Stack, y: Tensor, slot: SlotTensors) -> tuple[Tensor, Tensor] | None:
+    def memory(self, stack: Stack, y: Tensor, slot: OneSlot) -> tuple[Tensor, Tensor] | None:
         """See Family: none."""
         return None
 
-    def prompt(self, slot: SlotTensors) -> Tensor | None:
+    def prompt(self, slot: OneSlot) -> Tensor | None:
         """See Family."""
-        return slot.get("prompt")
+        return slot.tensor("prompt", None) if "prompt" in slot.tensors else None
 
-    def inject(self, features: Tensor, slot: SlotTensors, schedule: Schedule) -> Tensor:
+    def inject(self, features: Tensor, slot: OneSlot, schedule: Schedule) -> Tensor:
         """See Family."""
         last = features[:, features.shape[1] - schedule.num_features :]  # [B, n, d]
-        weight, bias = slot["connector.weight"], slot["connector.bias"]
+        weight, bias = slot.tensor("connector.weight", None), slot.tensor("connector.bias", None)
         if len(weight) == 1:
             return torch.nn.functional.linear(last, weight[0], bias[0])
         return torch.einsum("bnd,nwd->bnw", last, weight) + bias

@@ -24,10 +24,12 @@ from torch.nn import functional
 from adapters.config import AdapterConfig, Architecture, Strict, describe
 from adapters.errors import BackboneMismatch, InvalidPackage
 from adapters.families.base import BackboneDims, BlipDims, Schedule, Site, SlotTensors, Stack
+from adapters.families.slots import OneSlot, Slot
 
 SCALE = 0.1
 NORM_EPS = 1e-5
 FRAME_TEMPERATURE = 4.0
+LAYER_MAPS = ("down", "visual", "text", "cross")
 MEMORY_TERMS = ("video_key_adapter", "video_value_adapter")
 
 
@@ -197,23 +199,27 @@ class UniAdapter:
                     groups[f"{stack}.{term}"] = tuple(n for n in names if n.startswith(f"{stack}.{term}.up_proj"))
         return groups
 
-    def delta(self, site: Site, x: Tensor, slot: SlotTensors) -> Tensor | None:
+    def layer_maps(self) -> tuple[str, ...]:
         """See Family."""
-        layer = site.layer
-        normed = functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-        z = functional.relu(functional.linear(normed, slot["down.weight"][layer], slot["down.bias"][layer]))
-        if site.role == "mlp":
-            return functional.linear(z, slot["visual.weight"][layer], slot["visual.bias"][layer])
-        if site.role == "cross":
-            mixed = functional.linear(z, slot["cross.weight"][layer], slot["cross.bias"][layer])
-            gain, shift = slot["cross_norm.weight"][layer], slot["cross_norm.bias"][layer]
-            return functional.layer_norm(mixed, mixed.shape[-1:], gain, shift, NORM_EPS)
-        text = functional.linear(z, slot["text.weight"][layer], slot["text.bias"][layer])
-        return text * slot["query_gate"] if site.role == "query" else text
+        return LAYER_MAPS
 
-    def memory(self, stack: Stack, y: Tensor, slot: SlotTensors) -> tuple[Tensor, Tensor] | None:
+    def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
+        """See Family. Where a cross site's query term is wanted too, both share one product with `down`."""
+        layer, tokens = site.layer, x.shape[1]
+        both = x if before is None else torch.cat([x, before], dim=1)
+        z = slot.linear(functional.layer_norm(both, both.shape[-1:], eps=NORM_EPS), "down", layer, "relu")
+        if site.role == "mlp":
+            return slot.linear(z, "visual", layer)
+        if site.role == "text":
+            return slot.linear(z, "text", layer)
+        cross = slot.norm(slot.linear(z[:, :tokens], "cross", layer), "cross_norm", layer, NORM_EPS)
+        if before is None:
+            return cross
+        return cross + slot.scale(slot.linear(z[:, tokens:], "text", layer), "query_gate")
+
+    def memory(self, stack: Stack, y: Tensor, slot: OneSlot) -> tuple[Tensor, Tensor] | None:
         """See Family."""
-        if f"{stack}.key.down.weight" not in slot:
+        if f"{stack}.key.down.weight" not in slot.tensors:
             return None
         return _bottleneck(y, slot, f"{stack}.key"), _bottleneck(y, slot, f"{stack}.value")
 
@@ -221,11 +227,11 @@ class UniAdapter:
         """See Family: none."""
         return None
 
-    def prompt(self, slot: SlotTensors) -> Tensor | None:
+    def prompt(self, slot: OneSlot) -> Tensor | None:
         """See Family: none."""
         return None
 
-    def inject(self, features: Tensor, slot: SlotTensors, schedule: Schedule) -> Tensor:
+    def inject(self, features: Tensor, slot: OneSlot, schedule: Schedule) -> Tensor:
         """See Family: never asked for, as there is no schedule."""
         raise AssertionError("a UniAdapter injects nothing. This is a bug.")
 
@@ -273,9 +279,8 @@ def _fold_memory(tensors: SlotTensors, source: str, target: str) -> dict[str, Te
     }
 
 
-def _bottleneck(y: Tensor, slot: SlotTensors, prefix: str) -> Tensor:
-    low = functional.linear(y, slot[f"{prefix}.down.weight"], slot[f"{prefix}.down.bias"])
-    return functional.linear(low, slot[f"{prefix}.up.weight"], slot[f"{prefix}.up.bias"])
+def _bottleneck(y: Tensor, slot: OneSlot, prefix: str) -> Tensor:
+    return slot.linear(slot.linear(y, f"{prefix}.down"), f"{prefix}.up")
 
 
 def init_tensors(config: AdapterConfig, dims: BackboneDims, generator: torch.Generator) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ def make_model(config: LanguageModelConfig, device: torch.device, dtype: torch.d
     with torch.device(device):
         model = Opt(OptConfig(language_model=config, special_ids=OptSpecialIds(pad=1, bos=2, eos=2)))
     randomize(model, device, dtype)
+    model.pack()
     return model
 
 

@@ -10,6 +10,8 @@ from adapters.families.base import BlipDims, SlotView
 from adapters.families.uniadapter import UniAdapter, init_tensors
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionConfig
+from service.bank import AdapterBank, HostAdapter
+from service.metrics import Metrics
 
 IDS = SpecialIds(pad=0, cls=1, sep=2, bos=3, enc=4)
 
@@ -37,19 +39,19 @@ def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def make_blip(config: BlipConfig, device: torch.device, dtype: torch.dtype) -> Blip:
-    """A random BLIP."""
+    """A random BLIP, ready to serve."""
     with torch.device(device):
         model = Blip(config)
     randomize(model, device, dtype)
+    model.pack()
     return model
 
 
-def make_slots(
-    config: BlipConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype
-) -> Sequence[SlotView]:
-    """`count` different UniAdapters of a rank, folded as the bank folds them."""
+def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
+    """`count` different UniAdapters of a rank in the slots of a bank."""
+    config, family = model.config, UniAdapter()
     vision = config.vision
-    family, dims = UniAdapter(), BlipDims(vision.width, vision.layers, config.embed_dim or 1, ())
+    dims = BlipDims(vision.width, vision.layers, config.embed_dim or 1)
     adapter = AdapterConfig(
         family="uniadapter",
         task="vqa",
@@ -57,9 +59,19 @@ def make_slots(
         backbone=BackboneRef(architecture="blip", width=vision.width, layers=vision.layers, parts={}),
         preprocessing=Preprocessing(resolution=vision.grid * vision.patch),
     )
-    slots = []
+    bank = AdapterBank(
+        dims,
+        {},
+        device=model.device,
+        dtype=model.dtype,
+        buckets=((rank, count),),
+        host_bytes=1 << 40,
+        metrics=Metrics(),
+    )
+    views = []
     for seed in range(count):
         tensors = init_tensors(adapter, dims, torch.Generator().manual_seed(seed))
-        folded = family.fold(adapter, tensors, dims)
-        slots.append(SlotView(family, {name: tensor.to(device, dtype) for name, tensor in folded.items()}))
-    return slots
+        folded = {name: tensor.to(model.dtype) for name, tensor in family.fold(adapter, tensors, dims).items()}
+        bank.put(bank.lay_out(HostAdapter(str(seed), adapter, family, rank, folded)))
+        views.append(bank.lease(str(seed)).view)
+    return views

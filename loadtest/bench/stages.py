@@ -137,7 +137,7 @@ def make_stage(name: str, model: Blip, batch: int, resolution: int) -> Stage:
 
 def num_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def _memory_bytes(layer: TextLayer) -> int:
@@ -156,9 +156,9 @@ def compare(
     """Seconds of every way through a stage."""
     runs: dict[str, Callable[[], Tensor]] = {"plain model": stage.independent, "frozen": lambda: stage.forward(None)}
     for rank in rank_list:
-        slots = make_slots(model.config, rank, num_adapters, model.device, model.dtype)
-        one = adapt_rows(slots, [0] * stage.rows, model.device)
-        many = adapt_rows(slots, sorted(row % num_adapters for row in range(stage.rows)), model.device)
+        slots = make_slots(model, rank, num_adapters)
+        one = adapt_rows(slots, [0] * stage.rows)
+        many = adapt_rows(slots, sorted(row % num_adapters for row in range(stage.rows)))
         runs[f"r={rank}, 1 adapter"] = lambda one=one: stage.forward(one)  # type: ignore[misc]
         runs[f"r={rank}, {num_adapters} adapters"] = lambda many=many: stage.forward(many)  # type: ignore[misc]
     return take_turns(runs, repeats, model.device, calls=calls)

@@ -133,6 +133,10 @@ class Backbone(ABC):
             return " ".join(map(str, words))
         return str(self.tokenizer.decode(words, skip_special_tokens=True)).strip()
 
+    def pack(self) -> None:
+        """Lay the weights out for serving, in the place of how they were. They keep their values; see `adapters.products`."""
+        self.model.pack()
+
     def verify(self) -> None:
         """Recompute every part's digest from the weights in memory (float32 models only).
 

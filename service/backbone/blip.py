@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from adapters.families.base import Adaptation, Site, Stack
 from service.backbone.config import BlipConfig, TextConfig
-from service.backbone.vit import Mlp, SelfAttention, VisionTower, adapter_delta, add, merge_heads, split_heads
+from service.backbone.linear import FrozenLinear, WordHead, pack_linears
+from service.backbone.vit import Mlp, SelfAttention, VisionTower, merge_heads, split_heads
 
 
 class CrossAttention(nn.Module):
@@ -25,10 +26,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory_width, width)
-        self.value = nn.Linear(memory_width, width)
-        self.proj = nn.Linear(width, width)
+        self.query = FrozenLinear(width, width)
+        self.key = FrozenLinear(memory_width, width)
+        self.value = FrozenLinear(memory_width, width)
+        self.proj = FrozenLinear(width, width)
 
     def remember(self, y: Tensor, terms: tuple[Tensor, Tensor] | None, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, M, d] of memory y [B, M, D].
@@ -94,12 +95,12 @@ class Cache:
 
 
 class TextLayer(nn.Module):
-    """Post-norm BERT layer. With a memory it cross-attends and adds the query and cross terms; without, the text term."""
+    """Post-norm BERT layer. With a memory it cross-attends and adds the cross site's terms; without, the text site's."""
 
     def __init__(self, config: TextConfig, stack: Stack, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.sites = {role: Site(stack, layer, role) for role in ("text", "query", "cross")}
+        self.sites = {role: Site(stack, layer, role) for role in ("text", "cross")}
         eps = config.norm_eps
         self.attention = SelfAttention(config.width, config.heads)
         self.attention_norm = nn.LayerNorm(config.width, eps=eps)
@@ -116,12 +117,12 @@ class TextLayer(nn.Module):
             k, v = cache.append(self.layer, k, v)
         u = self.attention_norm(self.attention.attend(q, k, v, mask) + h)
         if memory is None:
-            return add(self._feed_forward(u), adapter_delta(adaptation, self.sites["text"], u))
-        query = adapter_delta(adaptation, self.sites["query"], u)
+            out = self._feed_forward(u)
+            return out if adaptation is None else adaptation.add(self.sites["text"], u, out)
         read = self.crossattention(u, memory.keys[self.layer], memory.values[self.layer], memory.mask)
         w = self.crossattention_norm(read + u)
-        cross = adapter_delta(adaptation, self.sites["cross"], w)
-        return add(add(self._feed_forward(w), query), cross)
+        out = self._feed_forward(w)
+        return out if adaptation is None else adaptation.add(self.sites["cross"], w, out, before=u)
 
     def _feed_forward(self, u: Tensor) -> Tensor:
         return self.mlp_norm(self.mlp(u) + u)  # type: ignore[no-any-return]
@@ -199,14 +200,19 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.body = TextStack(config, "decoder")
-        self.transform = nn.Linear(config.width, config.width)
+        self.transform = FrozenLinear(config.width, config.width)
         self.transform_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.words = WordHead()
 
     def logits(self, h: Tensor) -> Tensor:
         """Word logits [..., V] of hidden states [..., D]."""
-        h = self.transform_norm(functional.gelu(self.transform(h)))
-        return functional.linear(h, self.body.embeddings.word.weight, self.bias)
+        h = self.transform_norm(self.transform(h, "gelu"))
+        return self.words(h, self.body.embeddings.word.weight, self.bias)  # type: ignore[no-any-return]
+
+    def pack(self) -> None:
+        """See `Blip.pack`."""
+        self.words.pack(self.body.embeddings.word.weight)
 
     def score(self, ids: Tensor, mask: Tensor, memory: Memory, adaptation: Adaptation | None) -> Tensor:
         """Teacher forcing: logits [B, L, V] of ids [B, L] with padding mask [B, L] (True: a token)."""
@@ -248,6 +254,12 @@ class Blip(nn.Module):
     def dtype(self) -> torch.dtype:
         """The floating type of the weights, hence of every hidden state."""
         return self.vision.cls_token.dtype
+
+    def pack(self) -> None:
+        """Lay the weights out for serving on this machine; see `adapters.products`. They keep their values."""
+        pack_linears(self)
+        if self.decoder is not None:
+            self.decoder.pack()
 
     def head(self, name: str) -> nn.Linear:
         """The backbone's own head of that name."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.backbone.config import AstConfig, TimesformerConfig, VisionConfig
+from service.backbone.linear import FrozenLinear
 from service.backbone.vit import Mlp, SelfAttention, VisionBlock, VisionTower
 
 
@@ -36,7 +37,7 @@ class TimesformerBlock(nn.Module):
         width, eps = config.width, config.norm_eps
         self.temporal_norm = nn.LayerNorm(width, eps=eps)
         self.temporal_attn = SelfAttention(width, config.heads)
-        self.temporal_fc = nn.Linear(width, width)
+        self.temporal_fc = FrozenLinear(width, width)
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = SelfAttention(width, config.heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)

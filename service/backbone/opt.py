@@ -20,6 +20,7 @@ from torch.nn import functional
 from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Schedule
 from service.backbone.config import LanguageModelConfig, OptConfig
 from service.backbone.encoders import Encoder, make_encoder
+from service.backbone.linear import FrozenLinear, WordHead, pack_linears
 from service.backbone.vit import SelfAttention
 
 FIRST_POSITION = 2  # of OPT's position table, whose first two rows are for padding
@@ -34,8 +35,8 @@ class OptLayer(nn.Module):
         self.is_pre_norm = config.pre_norm
         self.attn = SelfAttention(config.width, config.heads)
         self.attn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = FrozenLinear(config.width, config.mlp_width)
+        self.fc2 = FrozenLinear(config.mlp_width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,7 @@ class OptLayer(nn.Module):
         x = x + self.attn.attend(q, k, v, mask)
         if not self.is_pre_norm:
             x = self.attn_norm(x)
-        x = x + self.fc2(functional.relu(self.fc1(self.mlp_norm(x) if self.is_pre_norm else x)))
+        x = x + self.fc2(self.fc1(self.mlp_norm(x) if self.is_pre_norm else x, "relu"))
         return x if self.is_pre_norm else self.mlp_norm(x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -146,10 +147,11 @@ class LanguageModel(nn.Module):
         self.config = config
         self.words = nn.Embedding(config.vocab_size, config.word_width)
         self.positions = nn.Embedding(config.max_positions + FIRST_POSITION, config.width)
+        self.head = WordHead()
         self.project_in = self.project_out = None
         if config.has_word_projection:
-            self.project_in = nn.Linear(config.word_width, config.width, bias=False)
-            self.project_out = nn.Linear(config.width, config.word_width, bias=False)
+            self.project_in = FrozenLinear(config.word_width, config.width, bias=False)
+            self.project_out = FrozenLinear(config.width, config.word_width, bias=False)
         self.layers = nn.ModuleList(OptLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else None
 
@@ -167,7 +169,7 @@ class LanguageModel(nn.Module):
             h = self.norm(h)
         if self.project_out is not None:
             h = self.project_out(h)
-        return functional.linear(h, self.words.weight)
+        return self.head(h, self.words.weight)  # type: ignore[no-any-return]
 
     def arrange(
         self, ids: Tensor, mask: Tensor, prompt: Prompt | None, injection: Injection | None
@@ -333,6 +335,11 @@ class Opt(nn.Module):
     def dtype(self) -> torch.dtype:
         """The floating type of the weights, hence of every hidden state."""
         return self.language_model.words.weight.dtype
+
+    def pack(self) -> None:
+        """Lay the weights out for serving on this machine; see `adapters.products`. They keep their values."""
+        pack_linears(self)
+        self.language_model.head.pack(self.language_model.words.weight)
 
     def encoder(self, name: str) -> Encoder:
         """An encoder by name."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from adapters.families.base import Adaptation, Site
 from service.backbone.config import VisionConfig
+from service.backbone.linear import FrozenLinear
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -23,24 +24,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def add(x: Tensor, term: Tensor | None) -> Tensor:
-    """x plus a term that may be absent."""
-    return x if term is None else x + term
-
-
-def adapter_delta(adaptation: Adaptation | None, site: Site, x: Tensor) -> Tensor | None:
-    """The adaptation's term at a site; none without an adaptation."""
-    return None if adaptation is None else adaptation.delta(site, x)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one query-key-value map."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = FrozenLinear(width, 3 * width)
+        self.proj = FrozenLinear(width, width)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values [B, H, L, d] of x [B, L, D]."""
@@ -57,11 +48,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = FrozenLinear(width, hidden)
+        self.fc2 = FrozenLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(self.fc1(x, "gelu"))  # type: ignore[no-any-return]
 
 
 class VisionBlock(nn.Module):
@@ -77,8 +68,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, adaptation: Adaptation | None) -> Tensor:
         x = x + self.attn.attend(*self.attn.split(self.norm1(x)), None)
-        term = adapter_delta(adaptation, self.site, x)
-        return add(x + self.mlp(self.norm2(x)), term)
+        out = x + self.mlp(self.norm2(x))
+        return out if adaptation is None else adaptation.add(self.site, x, out)
 
 
 class VisionTower(nn.Module):

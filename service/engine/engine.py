@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import AdapterBankError
-from service.backbones import Backbones
+from service.backbones import Backbones, HostedBackbone
 from service.bank import BatchLeases, batch_leases
 from service.engine.stages import run_batch
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
@@ -201,20 +201,25 @@ class Engine:
             self._set_output(job, output)
 
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
+        """The outputs of a batch's jobs, which run in the order of their slots: neighbours share kernels."""
         hosted = self.backbones.named(batch.backbone)
         leases.use(hosted.bank)
         for job in batch.jobs:
             if not leases.add(job.adapter):
                 raise EngineFailed(f"no slot for {job.adapter} in a batch of its own. This is a bug.")
+        jobs = sorted(batch.jobs, key=lambda job: hosted.bank.place(job.adapter))
+        outputs = self._run_stage(hosted, Batch(tuple(jobs)), leases)
+        self.last_forward_at = time.monotonic()
+        of_job = {job.number: output for job, output in zip(jobs, outputs, strict=True)}
+        return [of_job[job.number] for job in batch.jobs]
 
+    def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         def keep_going() -> bool:
             now = time.monotonic()
             return not all(self._is_dead(job, now) for job in batch.jobs)
 
         with torch.inference_mode():
-            outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
-        self.last_forward_at = time.monotonic()
-        return outputs
+            return list(run_batch(hosted.backbone.model, batch, leases, keep_going))
 
     def _retry_alone(self, batch: Batch, error: Exception) -> None:
         """A batch that failed is run again item by item, once; only what fails alone fails."""

@@ -22,6 +22,7 @@ from adapters.families.base import (
     adapt_rows,
 )
 from adapters.families.epalm import MAX_PROMPT_LENGTH, PROMPT, EPalm, init_tensors, options_of
+from adapters.families.slots import OneSlot
 from tests.service.backbone.opt_random import BASE, WIDTH, Mixed, dims_of, random_model, slot_of
 from tests.service.backbone.opt_random import config_of as config_for
 
@@ -290,7 +291,7 @@ def test_folding_is_exact_and_lets_gradients_through(options: dict[str, Any]) ->
     for folds in (True, False):
         tensors = {name: tensor.clone().requires_grad_() for name, tensor in fresh.items()}
         if folds:
-            slot = FAMILY.fold(config, tensors, DIMS)
+            slot = OneSlot(FAMILY.fold(config, tensors, DIMS))
             values = FAMILY.inject(features, slot, FAMILY.schedule(config, DIMS))
             prompt = FAMILY.prompt(slot)
         else:
@@ -320,7 +321,7 @@ def test_the_prompt_network_takes_tanh_once() -> None:
 
 def test_it_adds_nothing_anywhere_else() -> None:
     config = config_of()
-    slot = FAMILY.fold(config, init_tensors(config, DIMS, torch.Generator()), DIMS)
+    slot = OneSlot(FAMILY.fold(config, init_tensors(config, DIMS, torch.Generator()), DIMS))
     x = torch.randn(2, 3, DIMS.width)
     assert FAMILY.delta(Site("text", 0, "text"), x, slot) is None
     assert FAMILY.memory("text", x, slot) is None
@@ -353,7 +354,7 @@ def states(row: int, slot: int) -> Tensor:
 def test_rows_of_a_mix_are_each_their_own() -> None:
     slot_of_row = (0, 1, 3, 2, 0, 1)
     features = [None if row == 4 else states(row, slot) for row, slot in enumerate(slot_of_row)]
-    grouped = adapt_rows(SLOTS, slot_of_row, CPU)
+    grouped = adapt_rows(SLOTS, slot_of_row)
     assert isinstance(grouped, GroupedAdaptation)
     prompt, injection = grouped.prompt(6), grouped.inject(features)
     assert prompt is not None and injection is not None
@@ -375,18 +376,18 @@ def test_rows_of_a_mix_are_each_their_own() -> None:
 
 
 def test_nothing_is_none() -> None:
-    base = adapt_rows(SLOTS, (3, 3), CPU)
+    base = adapt_rows(SLOTS, (3, 3))
     assert base.prompt(2) is None and base.inject([states(0, 0), states(1, 0)]) is None
-    blind = adapt_rows(SLOTS, (0, 2), CPU)
+    blind = adapt_rows(SLOTS, (0, 2))
     assert blind.inject([None, None]) is None and blind.prompt(2) is not None
-    assert adapt_rows(SLOTS, (1, 3), CPU).prompt(2) is None
+    assert adapt_rows(SLOTS, (1, 3)).prompt(2) is None
 
 
 def test_expanded_rows_are_those_they_come_from() -> None:
     slot_of_row = (2, 0, 1)
     origin = [1, 1, 2, 0, 0]
     features = [states(row, slot) for row, slot in enumerate(slot_of_row)]
-    adaptation = adapt_rows(SLOTS, slot_of_row, CPU)
+    adaptation = adapt_rows(SLOTS, slot_of_row)
     expanded = adaptation.expand(torch.tensor(origin))
     before, after = adaptation.inject(features), expanded.inject([features[row] for row in origin])
     assert before is not None and after is not None

@@ -23,6 +23,7 @@ from adapters.families.base import (
     UniformAdaptation,
     adapt_rows,
 )
+from adapters.families.slots import Kernels, OneSlot, Place
 from adapters.families.uniadapter import (
     UniAdapter,
     frame_factors,
@@ -31,19 +32,17 @@ from adapters.families.uniadapter import (
     memory_stacks,
     options_of,
 )
+from adapters.products import pack
 
 DIMS = BlipDims(width=12, layers=2, embed_dim=5)
 UNI = UniAdapter()
-CPU = torch.device("cpu")
 SITES = [
     Site(stack, layer, role)
     for layer in range(DIMS.layers)
     for stack, role in [
         ("vision", "mlp"),
         ("text", "text"),
-        ("text", "query"),
         ("text", "cross"),
-        ("decoder", "query"),
         ("decoder", "cross"),
     ]
 ]
@@ -94,11 +93,16 @@ def reference_delta(config: AdapterConfig, tensors: dict[str, Tensor], site: Sit
             return 0.1 * linear("visual_up_proj", z)
         case "text" if options.textual:
             return 0.1 * linear("up_proj", z)
-        case "query" if options.textual and options.query_residual:
-            return 0.1 * linear("up_proj", z)
         case "cross" if options.multimodal:
             return 0.1 * norm("adapter_layer_norm_cross_modal", linear("multi_up_proj", z) + linear("up_proj", z))
     return torch.zeros_like(x)
+
+
+def reference_query(config: AdapterConfig, tensors: dict[str, Tensor], site: Site, before: Tensor) -> Tensor:
+    """What a cross site adds for what entered the attention: the text term of a layer, where the residual is on."""
+    if not options_of(config).query_residual:
+        return torch.zeros_like(before)
+    return reference_delta(config, tensors, site._replace(role="text"), before)
 
 
 def reference_memory(config: AdapterConfig, tensors: dict[str, Tensor], stack: Stack, y: Tensor) -> tuple[Tensor, ...]:
@@ -118,12 +122,14 @@ def test_the_folded_slot_computes_the_unfolded_formula(options: dict[str, JsonVa
     """In float64 to the last digits: folding changes the order of operations and nothing else."""
     config = config_of(task, rank, **options)
     tensors = tensors_of(config)
-    slot = UNI.fold(config, tensors, DIMS)
-    x = torch.randn(2, 4, DIMS.width, dtype=torch.float64)
+    slot = OneSlot(UNI.fold(config, tensors, DIMS))
+    x, before = torch.randn(2, 2, 4, DIMS.width, dtype=torch.float64)
     for site in SITES:
-        term = UNI.delta(site, x, slot)
-        assert term is not None
-        torch.testing.assert_close(term, reference_delta(config, tensors, site, x), rtol=1e-9, atol=1e-9)
+        expected = reference_delta(config, tensors, site, x)
+        torch.testing.assert_close(UNI.delta(site, x, slot), expected, rtol=1e-9, atol=1e-9)
+        if site.role == "cross":
+            expected = expected + reference_query(config, tensors, site, before)
+            torch.testing.assert_close(UNI.delta(site, x, slot, before), expected, rtol=1e-9, atol=1e-9)
     for stack in DIMS.stacks:
         pair = UNI.memory(stack, x, slot)
         if options["kv_rank"] is None or stack not in memory_stacks(config):
@@ -137,7 +143,7 @@ def test_the_folded_slot_computes_the_unfolded_formula(options: dict[str, JsonVa
 def test_in_float32_folding_stays_within_rounding() -> None:
     config = config_of(rank=7, kv_rank=3)
     tensors = tensors_of(config)
-    slot = UNI.fold(config, {name: tensor.float() for name, tensor in tensors.items()}, DIMS)
+    slot = OneSlot(UNI.fold(config, {name: tensor.float() for name, tensor in tensors.items()}, DIMS))
     x = torch.randn(3, 5, DIMS.width)
     for site in SITES:
         term = UNI.delta(site, x, slot)
@@ -156,7 +162,7 @@ def test_the_scale_of_the_cross_term_cannot_hide_in_what_its_norm_normalises() -
         if ".up_proj." in name or ".multi_up_proj." in name:
             loud[name] = 1000 * tensors[name]
     x, site = torch.randn(2, 3, DIMS.width, dtype=torch.float64), Site("text", 0, "cross")
-    quiet_term, loud_term = (UNI.delta(site, x, UNI.fold(config, t, DIMS)) for t in (tensors, loud))
+    quiet_term, loud_term = (UNI.delta(site, x, OneSlot(UNI.fold(config, t, DIMS))) for t in (tensors, loud))
     assert quiet_term is not None
     assert loud_term is not None
     torch.testing.assert_close(quiet_term, loud_term, rtol=1e-3, atol=1e-3)
@@ -165,29 +171,34 @@ def test_the_scale_of_the_cross_term_cannot_hide_in_what_its_norm_normalises() -
 @pytest.mark.parametrize("switched_off", [("visual",), ("textual",), ("multimodal",), ("query_residual",), SWITCHES])
 def test_a_part_that_is_off_holds_no_tensors_and_adds_zeros(switched_off: tuple[str, ...]) -> None:
     config = config_of(**{name: name not in switched_off for name in SWITCHES})
-    slot = UNI.fold(config, tensors_of(config), DIMS)
-    x = torch.randn(2, 3, DIMS.width, dtype=torch.float64)
+    slot = OneSlot(UNI.fold(config, tensors_of(config), DIMS))
+    x, before = torch.randn(2, 2, 3, DIMS.width, dtype=torch.float64)
     silent: dict[str, tuple[Role, ...]] = {
         "visual": ("mlp",),
-        "textual": ("text", "query"),
+        "textual": ("text",),
         "multimodal": ("cross",),
-        "query_residual": ("query",),
+        "query_residual": (),
     }
     roles = {role for name in switched_off for role in silent[name]}
     for site in SITES:
         term = UNI.delta(site, x, slot)
         assert term is not None
         assert (term.abs().sum() == 0) == (site.role in roles), site
+        if site.role == "cross":
+            with_query = UNI.delta(site, x, slot, before)
+            assert with_query is not None
+            is_silent = bool({"textual", "query_residual"} & set(switched_off))
+            assert torch.allclose(with_query, term, rtol=0, atol=1e-12) == is_silent, site
 
 
 def test_folding_lets_gradients_through_to_every_tensor() -> None:
     config = config_of(kv_rank=2)
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors_of(config).items()}
-    slot = UNI.fold(config, tensors, DIMS)
+    slot = OneSlot(UNI.fold(config, tensors, DIMS))
     x = torch.randn(2, 3, DIMS.width, dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for site in SITES:
-        term = UNI.delta(site, x, slot)
+        term = UNI.delta(site, x, slot, x if site.role == "cross" else None)
         assert term is not None
         total = total + term.square().sum()
     for stack in DIMS.stacks:
@@ -210,10 +221,13 @@ def test_zero_padding_to_a_wider_bucket_changes_nothing(options: dict[str, JsonV
         place[tuple(slice(0, size) for size in tensor.shape)] = tensor
         padded[name] = place
     x = torch.randn(2, 3, DIMS.width, dtype=torch.float64)
+    wide, own = OneSlot(padded), OneSlot(slot)
     for site in SITES:
-        torch.testing.assert_close(UNI.delta(site, x, padded), UNI.delta(site, x, slot), rtol=1e-12, atol=1e-12)
+        before = x if site.role == "cross" else None
+        terms = UNI.delta(site, x, wide, before), UNI.delta(site, x, own, before)
+        torch.testing.assert_close(*terms, rtol=1e-12, atol=1e-12)
     for stack in DIMS.stacks:
-        torch.testing.assert_close(UNI.memory(stack, x, padded), UNI.memory(stack, x, slot), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(UNI.memory(stack, x, wide), UNI.memory(stack, x, own), rtol=1e-12, atol=1e-12)
 
 
 def test_every_folded_tensor_has_a_place_in_its_bucket() -> None:
@@ -246,30 +260,60 @@ def heads(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in DIMS.head_shapes().items()}
 
 
+def folded(config: AdapterConfig, seed: int) -> dict[str, Tensor]:
+    return UNI.fold(config, {n: t.float() for n, t in tensors_of(config, seed).items()}, DIMS)
+
+
 def views() -> list[SlotView]:
-    """Four slots: two sizes, one with key and value adapters, and one without any adapter."""
-    configs = [config_of(rank=3), config_of(rank=5, visual=False), config_of(rank=2, kv_rank=2)]
-    slots = []
-    for seed, config in enumerate(configs):
-        folded = UNI.fold(config, {n: t.float() for n, t in tensors_of(config, seed).items()}, DIMS)
-        slots.append(SlotView(UNI, {**heads(seed), **folded}))
+    """Six slots: two sizes, key and value adapters, three side by side in a stack, one packed, and one without an adapter.
+
+    The stack's second slot holds an adapter of a smaller rank than the stack has room for.
+    """
+    slots = [SlotView(UNI, {**heads(0), **folded(config_of(rank=3), 0)})]
+    slots.append(SlotView(UNI, {**heads(2), **folded(config_of(rank=2, kv_rank=2), 2)}))
+    stacked = [folded(config_of(rank=rank, visual=rank != 4), 10 + rank) for rank in (5, 5, 4)]
+    shapes = UNI.slot_shapes(DIMS, 5) | DIMS.head_shapes()
+    stack = {name: torch.full((3, *shape), float("nan")) for name, shape in shapes.items()}
+    for index, tensors in enumerate(stacked):
+        tensors |= heads(10 + index)
+        corners = {n: stack[n][index][tuple(slice(0, size) for size in t.shape)] for n, t in tensors.items()}
+        for name, corner in corners.items():
+            corner.copy_(tensors[name])
+        slots.append(SlotView(UNI, corners, place=Place(stack, index)))
+    packed = folded(config_of(rank=6), 20)
+    matrices = {f"{name}.weight": tuple(map(pack, packed[f"{name}.weight"])) for name in UNI.layer_maps()}
+    slots.append(SlotView(UNI, {**heads(20), **packed, **matrices}))
     return [*slots, SlotView(None, heads(9))]
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=7))
-def test_grouped_rows_equal_each_row_alone(slot_of_row: list[int]) -> None:
+NUM_VIEWS = 7
+KERNELS = [
+    pytest.param(Kernels(segments_from=1), id="slot by slot"),
+    pytest.param(Kernels(segments_from=1 << 30, stacked_up_to=0), id="a loop of products"),
+    pytest.param(Kernels(segments_from=1 << 30, stacked_up_to=1 << 30), id="batched products"),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, NUM_VIEWS - 1), min_size=2, max_size=9),
+    is_sorted=st.booleans(),
+    tokens=st.sampled_from([1, 4]),
+)
+def test_grouped_rows_equal_each_row_alone(kernels: Kernels, rows: list[int], is_sorted: bool, tokens: int) -> None:
+    slot_of_row = sorted(rows) if is_sorted else rows
     slots = views()
-    x = torch.randn(len(slot_of_row), 4, DIMS.width)
-    grouped = GroupedAdaptation(slots, tuple(slot_of_row), CPU)
+    x, before, out = torch.randn(3, len(slot_of_row), tokens, DIMS.width)
+    grouped = GroupedAdaptation(slots, tuple(slot_of_row), kernels)
     alone = [UniformAdaptation(slots[slot]) for slot in slot_of_row]
     for site in SITES:
-        together = grouped.delta(site, x)
+        earlier = before if site.role == "cross" else None
+        together = grouped.add(site, x, out.clone(), earlier)
         for row, adaptation in enumerate(alone):
-            own = adaptation.delta(site, x[row : row + 1])
-            expected = torch.zeros_like(x[row]) if own is None else own[0]
-            got = torch.zeros_like(x[row]) if together is None else together[row]
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            own = slice(row, row + 1)
+            expected = adaptation.add(site, x[own], out[own], None if earlier is None else earlier[own])
+            torch.testing.assert_close(together[own], expected, rtol=1e-5, atol=1e-5)
     for stack in DIMS.stacks:
         memory = grouped.memory(stack, x)
         for row, adaptation in enumerate(alone):
@@ -285,10 +329,10 @@ def test_grouped_rows_equal_each_row_alone(slot_of_row: list[int]) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=5), st.data())
+@given(st.lists(st.integers(0, NUM_VIEWS - 1), min_size=2, max_size=5), st.data())
 def test_expanded_rows_adapt_like_the_rows_they_come_from(slot_of_row: list[int], data: st.DataObject) -> None:
     origin = data.draw(st.lists(st.integers(0, len(slot_of_row) - 1), min_size=1, max_size=9))
-    adaptation = adapt_rows(views(), slot_of_row, CPU)
+    adaptation = adapt_rows(views(), slot_of_row)
     expanded = adaptation.expand(torch.tensor(origin))
     x = torch.randn(len(slot_of_row), DIMS.width)
     torch.testing.assert_close(
@@ -298,16 +342,30 @@ def test_expanded_rows_adapt_like_the_rows_they_come_from(slot_of_row: list[int]
 
 def test_rows_of_one_slot_are_not_grouped() -> None:
     slots = views()
-    assert isinstance(adapt_rows(slots, [2, 2, 2], CPU), UniformAdaptation)
-    assert isinstance(adapt_rows(slots, [2, 0, 2], CPU), GroupedAdaptation)
+    assert isinstance(adapt_rows(slots, [2, 2, 2]), UniformAdaptation)
+    assert isinstance(adapt_rows(slots, [2, 0, 2]), GroupedAdaptation)
 
 
 def test_rows_without_an_adapter_add_nothing_at_all() -> None:
-    base = UniformAdaptation(views()[3])
+    base = UniformAdaptation(views()[-1])
     x = torch.randn(2, 3, DIMS.width)
-    assert base.delta(SITES[0], x) is None
+    assert base.add(SITES[0], x, x) is x
     assert base.memory("text", x) is None
-    assert GroupedAdaptation([views()[3]], (0, 0), CPU).delta(SITES[0], x) is None
+    assert torch.equal(GroupedAdaptation([views()[-1]], (0, 0)).add(SITES[0], x, x.clone()), x)
+
+
+def test_slots_that_lie_side_by_side_share_a_product() -> None:
+    """Two of equal rank; the third has another, and a row more would make the batch ragged."""
+
+    def runs(rows: list[int], tokens: int = 1) -> list[list[int]]:
+        spans = GroupedAdaptation(views(), tuple(rows), Kernels(stacked_up_to=4)).spans
+        return [[len(run) for run in span.slots.runs(tokens)] for span in spans]
+
+    assert runs([0, 1, 2, 3, 4]) == [[1], [1], [2], [1]]
+    assert runs([2, 2, 3, 3]) == [[2]]
+    assert runs([2, 2, 3]) == [[1, 1]]
+    assert runs([3, 2]) == [[1, 1]]
+    assert runs([2, 3], tokens=5) == [[1, 1]]
 
 
 # --- what a package holds ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.families.base import Site, Stack
+from adapters.families.base import Adaptation, Site, Stack
 from adapters.training.adapter import TrainableAdapter
 from adapters.training.data import AnswerBatch, RetrievalBatch
 from adapters.training.losses import answer_loss, shifted_nll
@@ -224,12 +224,10 @@ class Claims:
     def unit_adapter(self, name: str, quantity: Quantity) -> Got:
         x = self.case.unit_input(name, quantity)
         got = []
-        for site in _sites(quantity.parameters["mode"], quantity.number("layer")):
+        for label, site in _sites(quantity.parameters["mode"], quantity.number("layer")):
             with self.served.mixed(quantity.variant, x) as (adaptation, many, rows_of):
-                delta = adaptation.delta(site, many)
-            assert delta is not None
-            own = delta[rows_of["case"]]
-            got.append((f"{site.stack} {site.role}", own + x if "residual" in quantity.parameters else own))
+                own = _term(adaptation, label, site, many)[rows_of["case"]]
+            got.append((label, own + x if "residual" in quantity.parameters else own))
         return got
 
     def unit_memory(self, name: str, quantity: Quantity) -> Got:
@@ -339,22 +337,29 @@ class Claims:
         )
         for layer in range(self.served.backbone.dims().layers):
             for mode in ("visual", "text", "multimodal"):
-                for site in _sites(mode, layer):
+                for label, site in _sites(mode, layer):
                     with self.served.mixed(OWN, x) as (adaptation, many, rows_of):
-                        delta = adaptation.delta(site, many)
-                    assert delta is not None
+                        own = _term(adaptation, label, site, many)[rows_of[companion.name]]
                     expected = companion.reference.adapter(layer, x, mode)
-                    label = f"{companion.name}: adapter {layer} {mode} ({site.stack} {site.role})"
-                    yield compare(label, delta[rows_of[companion.name]], expected, UNIT_ATOL, RTOL)
+                    yield compare(f"{companion.name}: adapter {layer} {mode} ({label})", own, expected, UNIT_ATOL, RTOL)
 
 
-def _sites(mode: str, layer: int) -> list[Site]:
-    """Every site that a mode of the adapter serves."""
+def _sites(mode: str, layer: int) -> list[tuple[str, Site]]:
+    """Every use of a mode of the adapter: what it is called, and its site."""
     if mode == "visual":
-        return [Site("vision", layer, "mlp")]
+        return [("vision mlp", Site("vision", layer, "mlp"))]
     if mode == "text":
-        return [Site("text", layer, "text"), Site("text", layer, "query"), Site("decoder", layer, "query")]
-    return [Site("text", layer, "cross"), Site("decoder", layer, "cross")]
+        queries = [(f"{stack} query", Site(stack, layer, "cross")) for stack in ("text", "decoder")]
+        return [("text text", Site("text", layer, "text")), *queries]
+    return [(f"{stack} cross", Site(stack, layer, "cross")) for stack in ("text", "decoder")]
+
+
+def _term(adaptation: Adaptation, label: str, site: Site, x: Tensor) -> Tensor:
+    """What an adaptation adds for x; of a query what a cross site adds for what entered the attention, whatever left it."""
+    alone = adaptation.add(site, x, torch.zeros_like(x))
+    if not label.endswith("query"):
+        return alone
+    return adaptation.add(site, x, torch.zeros_like(x), before=x) - alone
 
 
 def _near(name: str, got: Tensor, expected: Tensor) -> Comparison:

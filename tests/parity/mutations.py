@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from adapters.families import uniadapter
 from adapters.families.base import Adaptation, Site, SlotTensors
+from adapters.families.slots import ManySlots, OneSlot, Slot
 from adapters.families.uniadapter import UniAdapter
 from adapters.training import losses, objectives
-from service import loader
+from service import bank
 from service.backbone import blip, convert, decoding
-from service.bank import fold_package
 from service.engine import blip_stages as stages
 from tests.parity.claims import Claims
 from tests.parity.outcomes import Mutation, Outcome, quiet, table, write
@@ -35,51 +35,40 @@ from tests.parity.sets import DATA, Case, find_sets, read_set
 # --- the changes -----------------------------------------------------------------------------------------
 
 
-def _patch_functional(patch: pytest.MonkeyPatch, **changes: Callable[..., Tensor]) -> None:
-    """Other functions in place of torch's, for the adapter's module alone."""
-    names = ("layer_norm", "relu", "linear")
-    kept = {name: getattr(functional, name) for name in names}
-    patch.setattr(uniadapter, "functional", SimpleNamespace(**(kept | changes)))
-
-
-def _norm(
-    before: Callable[[Tensor], Tensor] | None = None, cross: Callable[..., Tensor] | None = None
-) -> Callable[..., Tensor]:
-    """The adapter's two LayerNorms told apart by their gain: the one before is folded into `down` and has none."""
-
-    def layer_norm(
-        x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        if weight is None and before is not None:
-            return before(x)
-        if weight is not None and cross is not None:
-            return cross(x, weight, bias)
-        return functional.layer_norm(x, shape, weight, bias, eps)
-
-    return layer_norm
+def _norm_before(patch: pytest.MonkeyPatch, norm: Callable[[Tensor], Tensor]) -> None:
+    """Another LayerNorm before `down`: the one that the adapter's module calls itself."""
+    patch.setattr(uniadapter, "functional", SimpleNamespace(layer_norm=lambda x, shape, eps: norm(x)))
 
 
 def no_norm_before(patch: pytest.MonkeyPatch, case: Case) -> None:
-    _patch_functional(patch, layer_norm=_norm(before=lambda x: x))
+    _norm_before(patch, lambda x: x)
 
 
 def gelu_in_adapter(patch: pytest.MonkeyPatch, case: Case) -> None:
-    _patch_functional(patch, relu=functional.gelu)
+    for kind in (OneSlot, ManySlots):
+        linear = kind.linear
+
+        def other(
+            self: Any, x: Tensor, name: str, layer: Any = None, activation: Any = "none", of: Any = linear
+        ) -> Any:
+            return of(self, x, name, layer, "gelu" if activation == "relu" else activation)
+
+        patch.setattr(kind, "linear", other)
 
 
 def no_cross_norm(patch: pytest.MonkeyPatch, case: Case) -> None:
-    _patch_functional(patch, layer_norm=_norm(cross=lambda x, weight, bias: uniadapter.SCALE * x))
+    for kind in (OneSlot, ManySlots):
+        patch.setattr(kind, "norm", lambda self, x, name, layer, eps: uniadapter.SCALE * x)
 
 
 def eps_before(patch: pytest.MonkeyPatch, case: Case) -> None:
-    _patch_functional(patch, layer_norm=_norm(before=lambda x: functional.layer_norm(x, x.shape[-1:], eps=1e-12)))
+    _norm_before(patch, lambda x: functional.layer_norm(x, x.shape[-1:], eps=1e-12))
 
 
 def eps_cross(patch: pytest.MonkeyPatch, case: Case) -> None:
-    _patch_functional(
-        patch,
-        layer_norm=_norm(cross=lambda x, weight, bias: functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-12)),
-    )
+    for kind in (OneSlot, ManySlots):
+        norm = kind.norm
+        patch.setattr(kind, "norm", lambda self, x, name, layer, eps, of=norm: of(self, x, name, layer, 1e-12))
 
 
 def scale_before_cross_norm(patch: pytest.MonkeyPatch, case: Case) -> None:
@@ -120,22 +109,17 @@ def no_query_residual(patch: pytest.MonkeyPatch, case: Case) -> None:
 
 
 def query_residual_after_cross(patch: pytest.MonkeyPatch, case: Case) -> None:
-    def adapter_delta(adaptation: Adaptation | None, site: Site, x: Tensor) -> Tensor | None:
-        if adaptation is None or site.role == "query":
-            return None
-        term = adaptation.delta(site, x)
-        if site.role != "cross":
-            return term
-        late = adaptation.delta(site._replace(role="query"), x)
-        return late if term is None else blip.add(term, late)
+    delta = UniAdapter.delta
 
-    patch.setattr(blip, "adapter_delta", adapter_delta)
+    def late(self: UniAdapter, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
+        return delta(self, site, x, slot, None if before is None else x)
+
+    patch.setattr(UniAdapter, "delta", late)
 
 
 def memory_with_relu(patch: pytest.MonkeyPatch, case: Case) -> None:
-    def bottleneck(y: Tensor, slot: SlotTensors, prefix: str) -> Tensor:
-        low = functional.relu(functional.linear(y, slot[f"{prefix}.down.weight"], slot[f"{prefix}.down.bias"]))
-        return functional.linear(low, slot[f"{prefix}.up.weight"], slot[f"{prefix}.up.bias"])
+    def bottleneck(y: Tensor, slot: OneSlot, prefix: str) -> Tensor:
+        return slot.linear(slot.linear(y, f"{prefix}.down", activation="relu"), f"{prefix}.up")
 
     patch.setattr(uniadapter, "_bottleneck", bottleneck)
 
@@ -168,17 +152,19 @@ def decoder_uses_unused_adapters(patch: pytest.MonkeyPatch, case: Case) -> None:
             unused["decoder"] = fold(self, config, others, dims)
         return slot
 
-    def other_delta(self: UniAdapter, site: Site, x: Tensor, slot: SlotTensors) -> Tensor | None:
-        own = unused.get("slot")
-        mine = own is not None and own["down.weight"].shape == slot["down.weight"].shape
-        if (
-            site.stack == "decoder"
-            and own is not None
-            and mine
-            and torch.equal(own["down.weight"], slot["down.weight"])
-        ):
-            return delta(self, site, x, unused["decoder"])
-        return delta(self, site, x, slot)
+    def other(slot: OneSlot) -> OneSlot:
+        down, own = slot.tensor("down.weight", None), unused["slot"]["down.weight"]
+        return OneSlot(unused["decoder"]) if torch.equal(down, own) else slot
+
+    def other_delta(
+        self: UniAdapter, site: Site, x: Tensor, slot: OneSlot | ManySlots, before: Tensor | None = None
+    ) -> Tensor | None:
+        if site.stack != "decoder" or not unused:
+            return delta(self, site, x, slot, before)
+        if isinstance(slot, OneSlot):
+            return delta(self, site, x, other(slot), before)
+        parts = [dataclasses.replace(part, slot=other(part.slot), place=None) for part in slot.parts]
+        return delta(self, site, x, ManySlots(parts, slot.kernels), before)
 
     patch.setattr(UniAdapter, "fold", folded)
     patch.setattr(UniAdapter, "delta", other_delta)
@@ -275,14 +261,14 @@ def decoder_sees_question_padding(patch: pytest.MonkeyPatch, case: Case) -> None
 
 
 def base_heads(patch: pytest.MonkeyPatch, case: Case) -> None:
-    fold = fold_package
+    fold = bank.fold_package
 
     def folded(package: Any, dims: Any, dtype: torch.dtype) -> Any:
         adapter = fold(package, dims, dtype)
         kept = {name: tensor for name, tensor in adapter.tensors.items() if name not in dims.head_shapes()}
         return dataclasses.replace(adapter, tensors=kept)
 
-    patch.setattr(loader, "fold_package", folded)
+    patch.setattr(bank, "fold_package", folded)
 
 
 def visual_eps(patch: pytest.MonkeyPatch, case: Case) -> None:

@@ -31,7 +31,7 @@ from service.backbone import convert
 from service.backbone.base import Backbone
 from service.backbone.config import SpecialIds
 from service.backbone.folder import load_backbone, write_backbone
-from service.backbones import Backbones
+from service.backbones import Backbones, HostedBackbone
 from service.bank import AdapterBank, BatchLeases, batch_leases
 from service.engine import Engine
 from service.loader import Loader, Pin
@@ -110,9 +110,9 @@ class RecordingEngine(Engine):
         super().__init__(*args, **kwargs)
         self.records: list[BatchRecord] = []
 
-    def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
-        with hooks(self.backbones.named(batch.backbone).backbone) as seen:
-            outputs = super()._forward(batch, leases)
+    def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
+        with hooks(hosted.backbone) as seen:
+            outputs = super()._run_stage(hosted, batch, leases)
         self.records.append(BatchRecord(batch, seen))
         return outputs
 
@@ -296,7 +296,9 @@ def import_backbone(case: Case, folder: Path) -> Backbone:
     source = convert.read_authors(case.checkpoint)
     model, _ = convert.assemble(source, num_heads=case.num_heads, special_ids=SpecialIds(**case.special_ids))
     write_backbone(folder, model, None, {})
-    return load_backbone(folder)
+    backbone = load_backbone(folder)
+    backbone.pack()  # as a server does
+    return backbone
 
 
 def import_adapter(document: Mapping[str, Any], backbone: Backbone) -> ImportedAdapter:

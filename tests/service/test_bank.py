@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families.base import Site
+from adapters.families.uniadapter import UniAdapter
 from adapters.package import Package
+from adapters.products import unpack
 from service.backbone.base import Backbone
 from service.backbone.folder import load_backbone
 from service.bank import (
@@ -259,8 +261,7 @@ def test_base_rows_beside_adapted_rows_get_the_backbones_heads_and_no_term(
         leases.add(BASE_ADAPTER)
         adaptation = leases.adaptation([BASE_ADAPTER, adapters[1].digest, BASE_ADAPTER])
         assert adaptation is not None
-        term = adaptation.delta(Site("text", 0, "text"), x)
-        assert term is not None
+        term = adaptation.add(Site("text", 0, "text"), x, torch.zeros_like(x))
         assert term[0].abs().sum() == term[2].abs().sum() == 0 < term[1].abs().sum()
         head = backbone.model.head("text_proj")
         torch.testing.assert_close(adaptation.project("text_proj", x[:, 0])[[0, 2]], head(x[[0, 2], 0]))
@@ -350,18 +351,57 @@ def test_an_adapter_in_a_slot_is_served_although_it_left_the_host(
     bank.lease(adapters[1].digest).release()
 
 
+def test_wide_slots_of_a_cpu_refer_to_packed_adapters_on_the_host(backbone: Backbone) -> None:
+    """Host and device are the same memory: there is nothing to copy, and nothing but the slot keeps what the host let go."""
+    bank = make_bank(backbone, ((4, 1), (8, 1)), host_bytes=1, packed_from=8)
+    narrow, wide, small = (bank.fold(package_of(backbone, rank, seed)) for seed, rank in enumerate((2, 8, 3)))
+    for adapter in (narrow, wide):
+        bank.put(adapter)
+    lease = bank.lease(wide.digest)
+    for name, tensor in fold_package(package_of(backbone, 8, 1), backbone.dims(), torch.float32).tensors.items():
+        held = lease.view.tensors[name]
+        assert held is wide.tensors[name]
+        is_matrix = name.removesuffix(".weight") in UniAdapter().layer_maps()
+        assert isinstance(held, tuple) == is_matrix
+        assert all(torch.equal(unpack(held[layer]), tensor[layer]) for layer in range(len(tensor)))
+    assert bank.residency()["device"][wide.digest] == wide.num_bytes + bytes_of_heads(backbone)
+    lease.release()
+    bank.put(small)  # the host has room for one: the wide one is let go there, and stays in its slot
+    assert not bank.has(wide.digest)
+    bank.lease(wide.digest).release()
+    assert bank.unload(wide.digest)["device"] == wide.num_bytes + bytes_of_heads(backbone)
+    first, second = bank.lease(small.digest), narrow
+    bank.put(second)
+    assert bank.lease(second.digest).view.place is None, "a small adapter that takes a wide slot is referred to as well"
+    first.release()
+
+
+def bytes_of_heads(backbone: Backbone) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in backbone.head_tensors().values())
+
+
+def test_rows_of_neighbouring_slots_can_be_put_side_by_side(backbone: Backbone, adapters: list[HostAdapter]) -> None:
+    bank = make_bank(backbone, ((8, 4),))
+    put_all(bank, adapters[:4])
+    leases = [bank.lease(adapter.digest) for adapter in reversed(adapters[:4])]
+    assert [bank.place(adapter.digest)[2] for adapter in reversed(adapters[:4])] == [0, 1, 2, 3]
+    assert bank.place(BASE_ADAPTER) < min(bank.place(adapter.digest) for adapter in adapters[:4])
+    for lease in leases:
+        lease.release()
+
+
 def test_slot_tensors_never_move(backbone: Backbone, adapters: list[HostAdapter]) -> None:
     bank = make_bank(backbone, ((4, 2), (8, 1)))
     put_all(bank, adapters)
     addresses = {
         (key, name): tensor.data_ptr()
         for key, bucket in bank._buckets.items()
-        for name, tensor in bucket.tensors.items()
+        for name, tensor in (bucket.stack or {}).items()
     }
     for _ in range(5):
         for adapter in adapters:
             bank.lease(adapter.digest).release()
-    now = {(key, n): t.data_ptr() for key, bucket in bank._buckets.items() for n, t in bucket.tensors.items()}
+    now = {(key, n): t.data_ptr() for key, bucket in bank._buckets.items() for n, t in (bucket.stack or {}).items()}
     assert now == addresses
 
 

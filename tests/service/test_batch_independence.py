@@ -18,11 +18,12 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from adapters.config import BASE_ADAPTER
+from adapters.families.slots import DEFAULT_KERNELS, Kernels
 from adapters.package import write_package
 from service.backbone.base import Backbone
 from service.backbone.folder import load_backbone
 from service.backbones import Backbones
-from service.bank import AdapterBank, fold_package
+from service.bank import PACKED_FROM, AdapterBank
 from service.engine import Engine
 from service.metrics import Metrics
 from service.scheduler import BatchLimits, Scheduler
@@ -50,13 +51,23 @@ NUM_EXAMPLES = 250
 HEADS = ("vision_proj", "text_proj", "itm_head")
 ADAPTERS: tuple[
     tuple[int, dict[str, JsonValue], tuple[str, ...]], ...
-] = (  # rank, options, heads; two of them always want the wide bucket's slots
+] = (  # rank, options, heads; two of them always want the wide bucket's slots, and two are of one size
     (3, {}, HEADS),
     (5, {"kv_rank": 2}, ()),
+    (5, {"query_residual": False}, ()),
     (6, {"kv_rank": 9, "query_residual": False}, ("itm_head",)),
     (11, {"frame_aware_attention": True, "multimodal": True, "textual": False}, ("vision_proj", "text_proj")),
 )
 BUCKETS = ((6, 2), (12, 2))  # fewer slots than adapters: some mixes must wait for each other
+NEVER = 1 << 30
+WAYS: dict[
+    str, tuple[Kernels, int]
+] = {  # kernels, and from which rank adapters are packed; the backbone is packed or not too
+    "as served": (DEFAULT_KERNELS, PACKED_FROM),
+    "packed, slot by slot": (Kernels(segments_from=1), 1),
+    "packed from rank 6, a loop of products": (Kernels(segments_from=NEVER, stacked_up_to=0), 6),
+    "plain, batched products": (Kernels(segments_from=NEVER, stacked_up_to=NEVER), NEVER),
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +100,12 @@ ASKS = st.builds(
 class Runner:
     """A bank of four adapters, and engines that are stepped by hand."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, way: str) -> None:
+        kernels, packed_from = WAYS[way]
         write_tiny_backbone(folder / "backbone")
         self.backbone: Backbone = load_backbone(folder / "backbone")
+        if packed_from < NEVER:
+            self.backbone.pack()
         self.metrics = Metrics()
         self.bank = AdapterBank(
             self.backbone.dims(),
@@ -101,13 +115,15 @@ class Runner:
             buckets=BUCKETS,
             host_bytes=1 << 30,
             metrics=self.metrics,
+            kernels=kernels,
+            packed_from=packed_from,
         )
         self.digests = []
         for seed, (rank, options, heads) in enumerate(ADAPTERS):
             config = adapter_config(self.backbone, rank=rank, options=options, heads=heads)
             tensors = random_tensors(config, self.backbone.dims(), seed)
             package = write_package(folder / str(seed), config, tensors, "", None)
-            self.bank.put(fold_package(package, self.backbone.dims(), self.backbone.dtype))
+            self.bank.put(self.bank.fold(package))
             self.bank.hold(package.weights_digest)
             self.digests.append(package.weights_digest)
 
@@ -237,16 +253,19 @@ class Check:
         assert near(torch.tensor(mixed.first_token_probs), torch.tensor(alone.first_token_probs))
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("independence"))
+@pytest.fixture(scope="module", params=WAYS)
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("independence"), request.param)
 
 
-def test_no_answer_depends_on_its_batch(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_answer_depends_on_its_batch(
+    runner: Runner, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     check = Check(runner)
+    num_examples = NUM_EXAMPLES if runner.bank._kernels == DEFAULT_KERNELS else NUM_EXAMPLES // 4
 
     @settings(
-        max_examples=NUM_EXAMPLES,
+        max_examples=num_examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -260,8 +279,11 @@ def test_no_answer_depends_on_its_batch(runner: Runner, capsys: pytest.CaptureFi
 
     mixes()
     with capsys.disabled():
-        print("\nalone against the mix:", ", ".join(f"{name} {count}" for name, count in sorted(check.counts.items())))
-    assert min(check.counts[stage] for stage in ("vision", "text", "match", "generate", "rank")) > NUM_EXAMPLES / 4
+        print(
+            f"\nalone against the mix, {request.node.callspec.params['runner']}:",
+            ", ".join(f"{name} {count}" for name, count in sorted(check.counts.items())),
+        )
+    assert min(check.counts[stage] for stage in ("vision", "text", "match", "generate", "rank")) > num_examples / 4
 
 
 @pytest.mark.parametrize("stage", ["vision", "text", "match", "generate", "rank"])
@@ -269,8 +291,17 @@ def test_one_stage_with_every_adapter_at_once(runner: Runner, stage: Stage) -> N
     """All in one queue, twice over, in sizes that pad each other: several share every batch."""
     check = Check(runner)
     asks = [
-        Ask(stage, adapter, 3 + 2 * place, 1 + place % 3, 2 if stage == "vision" else 1 + place % 3, 3, 2, place % 4)
-        for place, adapter in enumerate([-1, 0, 1, 2, 3] * 2)
+        Ask(
+            stage,
+            adapter,
+            3 + 2 * (place % 10),
+            1 + place % 3,
+            2 if stage == "vision" else 1 + place % 3,
+            3,
+            2,
+            place % 4,
+        )
+        for place, adapter in enumerate([-1, 0, 1, 2, 3, 4] * 2)
     ]
     outputs = runner.run([runner.job(ask) for ask in asks], 1 << 30)
     for ask, output in zip(asks, outputs, strict=True):
