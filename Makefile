@@ -12,7 +12,9 @@ RUNTIME := .venv/.stamp-runtime-$(PINS)
 DEV := .venv/.stamp-dev-$(PINS)
 TYPED := adapters service $(if $(wildcard loadtest/*.py),loadtest)
 
-.PHONY: help setup setup-dev serve demo bench test format lint types imports files check
+PEERS := peft adapterhub
+
+.PHONY: help setup setup-dev serve demo bench peers test format lint types imports files check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +39,12 @@ demo: $(RUNTIME) ## train the demo backbone and adapters anew
 
 bench: $(RUNTIME) ## run the benchmark ladder
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+peers: $(PEERS:%=.peers/%/.stamp) ## make the environments of libraries that `make bench ARGS=peers` compares with
+
+.peers/%/.stamp: loadtest/peers/%-requirements.txt constraints.txt
+	@VENV=.peers/$* bash deploy/install.sh $<
+	@touch $@
 
 test: $(DEV) ## run the tests in two processes (ARGS="-n 0 -k scheduler": in one, and some of them)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

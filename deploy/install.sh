@@ -3,6 +3,7 @@
 #
 #   deploy/install.sh runtime    what serving needs
 #   deploy/install.sh dev        the same, and what tests, linters and type checks need
+#   deploy/install.sh FILE.txt   nothing of ours: torch, and what a file of requirements pins (VENV names another environment)
 #
 #   PYTHON    interpreter for a new environment       default: the first of python3.12, python3.11, python3 that runs and fits
 #   VENV      where the environment is                default: .venv
@@ -96,8 +97,14 @@ install_project() {
     pip check
 }
 
+install_requirements() {
+    say "installing $profile"
+    pip install --requirement "$profile"
+    pip check
+}
+
 profile=${1:-}
-[[ $profile == runtime || $profile == dev ]] || die "usage: deploy/install.sh runtime|dev"
+[[ $profile == runtime || $profile == dev || ($profile == *.txt && -f $profile) ]] || die "usage: deploy/install.sh runtime|dev|FILE.txt"
 if [[ -z ${TORCH:-} ]]; then
     if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then TORCH=cuda; else TORCH=cpu; fi
 fi
@@ -106,5 +113,5 @@ fi
 
 make_venv
 install_torch
-install_project
+if [[ $profile == *.txt ]]; then install_requirements; else install_project; fi
 say "ready: $VENV ($profile, $("$VENV/bin/python" -V), torch $(installed_torch))"
