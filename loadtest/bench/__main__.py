@@ -1,14 +1,18 @@
 """Benchmarks, each comparing ways of doing the same work, turn by turn in one process.
 
-python -m loadtest.bench NAME [options]      NAME: stages, decode; --help after it lists its options
+python -m loadtest.bench NAME [options]      NAME: stages, decode, peers; --help after it lists its options
 """
 
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, stages
+from loadtest.bench import decode, peers, stages
 
-BENCHES: dict[str, Callable[[Sequence[str]], None]] = {"stages": stages.main, "decode": decode.main}
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
+    "stages": stages.main,
+    "decode": decode.main,
+    "peers": peers.main,
+}
 
 
 def main() -> None:

@@ -1,0 +1,85 @@
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.families.base import adapt_rows
+from loadtest.bench import peer_by_hand, peer_library, peers
+from loadtest.bench.models import BLIP_SIZES, make_blip, make_slots
+from loadtest.bench.peer_by_hand import OneAdapter
+from loadtest.bench.peer_library import LIBRARY_RULES, OUR_RULES, Rules, explain
+from loadtest.bench.stages import make_stage
+from service.backbone.blip import Blip
+
+CPU = torch.device("cpu")
+TINY = BLIP_SIZES["tiny"]
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    peers.main([*words, "--repeats", "1", "--json"])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_every_answer_of_the_library_is_equal_or_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    library = run(["--compare", "library", "--checked", "4"], capsys)["library"]
+    total: Counter[str] = Counter()
+    for answers in library["answers"].values():
+        assert sum(answers[kind] for kind in peer_library.KINDS) == 4 * 8 and answers["different answers"] > 8
+        total.update(answers)
+    assert total["equal"] > 32 and total["unexplained"] == 0
+    assert total["by the stop rule"] + total["by cut texts"] > 0, "no search here shows the rules that differ"
+    for seconds in library["seconds"].values():
+        assert set(seconds) == {"transformers", "ours"} and all(low <= high for _, low, high in seconds.values())
+
+
+def test_answers_that_nothing_explains_fail_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = peer_library.convert
+
+    def with_another_bias(*arguments: Any) -> Blip:
+        model = convert(*arguments)
+        assert model.decoder is not None
+        model.decoder.bias = torch.nn.Parameter(torch.randn(len(model.decoder.bias)), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(peer_library, "convert", with_another_bias)
+    with pytest.raises(SystemExit, match="answers differ from the library's for no known reason"):
+        run(["--compare", "library", "--checked", "1"], capsys)
+
+
+def test_a_difference_is_explained_only_where_both_sides_follow_from_their_rules() -> None:
+    stop, cut = Rules(True, False), Rules(False, True)
+    follows = {OUR_RULES: (1,), LIBRARY_RULES: (2,)}
+    assert explain((1,), (1,), {}, 1.0) == "equal"
+    assert explain((2,), (1,), {**follows, stop: (2,), cut: (1,)}, 1.0) == "by the stop rule"
+    assert explain((2,), (1,), {**follows, stop: (1,), cut: (2,)}, 1.0) == "by cut texts"
+    assert explain((2,), (1,), {**follows, stop: (1,), cut: (1,)}, 1.0) == "by both rules"
+    assert explain((3,), (1,), {**follows, stop: (2,), cut: (1,)}, 1.0) == "unexplained"
+    assert explain((2,), (3,), {**follows, stop: (2,), cut: (1,)}, 1.0) == "unexplained"
+    assert explain((2,), (3,), {**follows, stop: (2,), cut: (1,)}, 1e-5) == "a tie"
+
+
+def test_swapped_weights_answer_as_a_mixed_batch_does(capsys: pytest.CaptureFixture[str]) -> None:
+    model, slots = make_blip(TINY, CPU, torch.float32), make_slots(TINY, 8, 3, CPU, torch.float32)
+    stage = make_stage("text", model, 3, 64)
+    mixed, one = stage.forward(adapt_rows(slots, range(3), CPU)), OneAdapter(slots, CPU)
+    for number in (2, 0, 1):
+        torch.testing.assert_close(stage.forward(one.load(number))[number], mixed[number], rtol=1e-5, atol=1e-5)
+    swaps = run(["--compare", "swaps", "--adapters", "3", "--ranks", "8,16", "--vision"], capsys)["swaps"]
+    assert set(swaps) == {f"{stage}, r={rank}" for stage in ("vision", "text", "decode") for rank in (8, 16)}
+    assert all(len(ways) == 3 and peer_by_hand.MIXED in ways for ways in swaps.values())
+
+
+def test_bytes_of_copies_are_those_of_the_tensors(capsys: pytest.CaptureFixture[str]) -> None:
+    peers.main(["--compare", "copies"])
+    told = capsys.readouterr().out.splitlines()
+    copies = json.loads(told[-1])["copies"]
+    weights = sum(parameter.numel() * 4 for parameter in make_blip(TINY, CPU, torch.float32).parameters())
+    assert copies["one BLIP"]["weights_bytes"] == weights
+    assert list(copies) == ["one BLIP", *(f"one UniAdapter, r={rank}" for rank in (8, 16, 64))]
+    (row,) = [line for line in told if line.startswith("a BLIP for each")]
+    assert row.split()[-1] == f"{weights * 1000 / 2**30:.1f}"
