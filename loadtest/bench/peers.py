@@ -1,21 +1,24 @@
-"""What else one could do, on the same machine in the same run: the library's own generation, adapters swapped by hand, and a model
-for every task.
+"""What else one could do, on the same machine in the same run: the library's own generation, adapters swapped by hand, a model for
+every task, and libraries that mix adapters.
 
-    python -m loadtest.bench peers [--size tiny|base] [--compare library,swaps,copies] [--ranks 128] [--vision]
+    python -m loadtest.bench peers [--size tiny|base] [--compare library,swaps,copies,peft,adapterhub] [--ranks 128] [--vision]
 
     library      `generate` of transformers on the same weights, one question a picture and several; answers must be equal, or
                  explained by the rules by which a search ends, or the run fails                        loadtest/bench/peer_library.py
     swaps        one adapter in the model, replaced for every request, against one mixed batch          loadtest/bench/peer_by_hand.py
     copies       bytes of a whole model for every task, against one with an adapter for each
+    peft         LoRA of PEFT, mixed by `adapter_names`                                               loadtest/bench/peer_processes.py
+    adapterhub   bottlenecks of AdapterHub's `adapters`, mixed by `BatchSplit`
 
-Weights are random.
+The last two need environments of their own (`make peers`) and are skipped, with a word, where these are absent. Weights are random.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from loadtest.bench import peer_by_hand, peer_library
+from loadtest.bench import peer_by_hand, peer_library, peer_processes
 from loadtest.bench.harness import Bench, Table
 from loadtest.bench.models import BLIP_SIZES
 from service.backbone.config import BlipConfig
@@ -26,6 +29,7 @@ COMPARISONS: dict[str, Comparison] = {
     "copies": peer_by_hand.compare_copies,  # first: later, memory that others gave back would serve it unseen
     "library": peer_library.compare,
     "swaps": peer_by_hand.compare_swaps,
+    **{name: partial(peer_processes.compare, name=name) for name in peer_processes.PEERS},
 }
 RANKS = {"tiny": "16", "base": "128"}
 
@@ -39,6 +43,7 @@ def main(words: Sequence[str]) -> None:
     bench.parser.add_argument("--checked", type=int, default=4, help="batches whose answers are compared")
     bench.parser.add_argument("--adapters", type=int, default=16, help="rows of a batch elsewhere, each with its own")
     bench.parser.add_argument("--vision", action="store_true", help="the vision tower too, where it is optional")
+    bench.parser.add_argument("--environments", default=".peers", help="where `make peers` made them")
     arguments = bench.start(words)
     names = arguments.compare.split(",")
     if unknown := [name for name in names if name not in COMPARISONS]:

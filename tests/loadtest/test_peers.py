@@ -1,12 +1,17 @@
 import json
+import re
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from adapters.families.base import adapt_rows
-from loadtest.bench import peer_by_hand, peer_library, peers
+from loadtest.bench import peer_by_hand, peer_library, peer_processes, peers
+from loadtest.bench.harness import ROOT
 from loadtest.bench.models import BLIP_SIZES, make_blip, make_slots
 from loadtest.bench.peer_by_hand import OneAdapter
 from loadtest.bench.peer_library import LIBRARY_RULES, OUR_RULES, Rules, explain
@@ -15,6 +20,14 @@ from service.backbone.blip import Blip
 
 CPU = torch.device("cpu")
 TINY = BLIP_SIZES["tiny"]
+
+# Talks like a peer: its ways sleep.
+SLEEPER = """
+import sys, time
+sys.path.insert(0, {scripts!r})
+from turns import serve
+serve({{"rank": 3}}, {{way: lambda: time.sleep(0.01) for way in ("frozen", "one", "mixed")}}, "cpu")
+"""
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -83,3 +96,61 @@ def test_bytes_of_copies_are_those_of_the_tensors(capsys: pytest.CaptureFixture[
     assert list(copies) == ["one BLIP", *(f"one UniAdapter, r={rank}" for rank in (8, 16, 64))]
     (row,) = [line for line in told if line.startswith("a BLIP for each")]
     assert row.split()[-1] == f"{weights * 1000 / 2**30:.1f}"
+
+
+def test_a_peer_without_an_environment_is_skipped_in_plain_sight(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--compare", "peft,adapterhub", "--environments", str(tmp_path)]
+    peers.main(words)
+    told = capsys.readouterr().out
+    for name in ("peft", "adapterhub"):
+        assert f"skipped  {tmp_path}/{name} is not there; make peers makes it" in told
+        assert "make peers" in json.loads(told.splitlines()[-1])[name]["skipped"]
+
+
+def test_a_peer_and_ours_take_turns(tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER.format(scripts=str(peer_processes.SCRIPTS)))
+    asked: list[str] = []
+
+    def ours(way: str) -> float:
+        asked.append(way)
+        return 2.0
+
+    with peer_processes.start_peer(Path(sys.executable), script, []) as peer:
+        assert peer.facts["rank"] == 3 and peer.facts["torch"] == torch.__version__
+        ways = {way: partial(ours, way) for way in peer_processes.WAYS}
+        seconds = peer_processes.take_turns_with(peer, ways, 2)
+    assert asked == [*peer_processes.WAYS] * 3
+    assert all(0.01 <= spread.low < 0.5 for spread in seconds["peer"].values())
+    assert all(spread == (2.0, 2.0, 2.0) for spread in seconds["ours"].values())
+
+
+def test_what_a_peer_says_when_it_ends_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit('this peer has a text tower only')")
+    with pytest.raises(RuntimeError, match="ended with 1:\nthis peer has a text tower only"):
+        with peer_processes.start_peer(Path(sys.executable), script, []):
+            pass
+
+
+@pytest.mark.parametrize("name", peer_processes.PEERS)
+def test_a_peer_in_its_environment(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (ROOT / ".peers" / name / "bin" / "python").exists():
+        pytest.skip(f".peers/{name} is not there; {peer_processes.MAKE_ENVIRONMENTS} makes it")
+    values = run(["--compare", name, "--adapters", "3"], capsys)[name]
+    assert set(values["text, r=16"]["seconds"]) == {"peer", "ours"}
+    counts = values["text, r=16"]["parameters"]
+    assert abs(counts["peer"] / counts["ours"] - 1) < 0.05
+
+
+def test_make_peers_makes_every_environment_from_exact_pins() -> None:
+    (names,) = re.findall(r"^PEERS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert names.split() == list(peer_processes.PEERS)
+    for name, peer in peer_processes.PEERS.items():
+        assert (peer_processes.SCRIPTS / peer.script).exists()
+        lines = (peer_processes.SCRIPTS / f"{name}-requirements.txt").read_text().splitlines()
+        pins = [line for line in lines if not line.startswith("#")]
+        assert pins and all(re.fullmatch(r"[A-Za-z0-9_.-]+==[^=]+", pin) for pin in pins)
+        assert not any(pin.startswith("torch==") for pin in pins), "constraints.txt pins torch for all"
