@@ -145,7 +145,7 @@ async def _chosen(
     else:
         frames = inputs.frames(preprocessing)
         values = frames[0] if options_of(config).encoder == "vit" else frames
-    states = await stages.encode(options_of(config).encoder, values, pin, context)
+    states = await stages.encode(options_of(config).encoder, values, context)
     answers = inputs.answers()
 
     async def rank(ids: tuple[int, ...]) -> RankOutput:

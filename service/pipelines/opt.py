@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from adapters.config import AudioPreprocessing, Preprocessing
+from adapters.config import BASE_ADAPTER, AudioPreprocessing, Preprocessing
 from adapters.families.epalm import EncoderName, options_of
 from service.backbone.cost import encoder_cost, language_cost
 from service.backbone.opt_backbone import OptBackbone
@@ -16,6 +16,7 @@ from service.loader import Pin
 from service.media import SpectrogramPreprocessing
 from service.pipelines.stages import Medium, StageRunner, cache_key
 from service.types import (
+    BASE_INFO,
     ChooseInput,
     ContinueInput,
     GenerateOutput,
@@ -26,6 +27,7 @@ from service.types import (
     RequestContext,
 )
 
+UNADAPTED = Pin(BASE_INFO, BASE_ADAPTER, None)
 ENCODER_OF: Mapping[MediaKind, EncoderName] = {"image": "vit", "video": "timesformer", "audio": "ast"}
 
 
@@ -71,7 +73,7 @@ class OptStages(StageRunner[Perceived]):
             if cached is not None:
                 return cached.states
         values = await self._decode(medium, preprocessing, context)
-        states = await self.encode(encoder, values, pin, context)
+        states = await self.encode(encoder, values, context)
         if key is not None:
             self._features.put(key, Perceived(states))
         return states
@@ -88,13 +90,16 @@ class OptStages(StageRunner[Perceived]):
         pixels, _, _ = await self.decoder.pixels(medium, preprocessing, context)
         return pixels[0] if medium.kind == "image" else pixels
 
-    async def encode(self, encoder: EncoderName, values: Tensor, pin: Pin, context: RequestContext) -> Tensor:
-        """What an encoder makes of pixels or a spectrogram, [blocks, d]."""
+    async def encode(self, encoder: EncoderName, values: Tensor, context: RequestContext) -> Tensor:
+        """What an encoder makes of pixels or a spectrogram, [blocks, d].
+
+        The job is nobody's adapter's: it takes no slot, and needs no pin to last.
+        """
         config = self.backbone.config.encoders[encoder]
         cost, tokens = encoder_cost(config, tuple(values.shape))
         shape = (*(ord(letter) for letter in encoder), *values.shape)
         inputs = PerceiveInput(encoder, values)
-        output = await self.run("perceive", inputs, shape, 1, tokens, cost, pin, context)
+        output = await self.run("perceive", inputs, shape, 1, tokens, cost, UNADAPTED, context)
         return cast(PerceiveOutput, output).states
 
     async def generate(self, text: ContinueInput, pin: Pin, context: RequestContext) -> GenerateOutput:
