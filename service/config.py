@@ -59,7 +59,11 @@ class Settings(BaseSettings):
         'OPT, by connectors; joined by ";". Default: from free memory.',
     )
     host_cache_mib: int = Field(default=2048, gt=0, description="Host memory for adapters that hold no slot.")
-    feature_cache_mib: int = Field(default=512, ge=0, description="Device memory for vision states of gallery items.")
+    feature_cache_mib: int = Field(
+        default=512,
+        ge=0,
+        description="Device memory, for each backbone, for what encoders made of media that may be asked about again; 0 keeps and shares nothing.",
+    )
     max_batch_rows: int = Field(default=64, gt=0, description="Rows of a batch: frames, texts, pairs or beams.")
     max_batch_tokens: int = Field(default=32768, gt=0, description="Tokens of a batch's largest forward.")
     max_queue_seconds: float = Field(

@@ -1,8 +1,8 @@
 """Every Prometheus series, and the one timer of stages.
 
-Label sets are bounded: stages, tiers and outcomes are fixed lists, adapters are registered names (unknown ones are
-never used as labels). Which adapters are where is asked when somebody scrapes. Each `Metrics` owns its registry, so
-several services can live in one process (tests).
+Label sets are bounded: stages, tiers and outcomes are fixed lists, backbones are the operator's, adapters are registered
+names (unknown ones are never used as labels). Which adapters are where is asked when somebody scrapes. Each `Metrics`
+owns its registry, so several services can live in one process (tests).
 """
 
 import time
@@ -111,6 +111,15 @@ class Metrics:
         self.resident_bytes = Gauge("bank_resident_bytes", "Bytes of adapters held, by tier", ["tier"], registry=r)
         self.residency = Residency()
         r.register(self.residency)
+        self.feature_lookups = Counter(
+            "bank_feature_lookups_total",
+            "Media asked about whose states may be kept: kept (hit), being made already (joined), or not (miss)",
+            ["backbone", "outcome"],
+            registry=r,
+        )
+        self.feature_cache_bytes = Gauge(
+            "bank_feature_cache_bytes", "Bytes of media's states that are kept", ["backbone"], registry=r
+        )
         self.backbone_loads = Counter("bank_backbone_loads_total", "Backbones loaded since start", registry=r)
         self.registry_up = Gauge("bank_registry_up", "Whether the last look at the registry went well", registry=r)
         self.replica_lag = Gauge(

@@ -1,5 +1,6 @@
 """What arrives: its bytes, its limits, the format its first bytes claim, and the boundary for a library's errors."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -94,6 +95,11 @@ def any_media_kind(data: bytes) -> AnyMediaKind | None:
     if data[4:12] in _SOUND_BRANDS:
         return "audio"
     return media_kind(data) or ("audio" if sound_format(data) else None)
+
+
+def media_digest(data: bytes) -> str:
+    """Which bytes these are: sha256:... Takes some 0.6 ms a mebibyte, and lets other threads run meanwhile."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def read_source(source: MediaSource, limits: MediaLimits) -> bytes:

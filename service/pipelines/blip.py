@@ -11,7 +11,7 @@ from adapters.families.uniadapter import options_of
 from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.cost import decode_cost, text_cost, tokens_per_frame, vision_cost
 from service.loader import Pin
-from service.pipelines.stages import Medium, StageRunner, cache_key
+from service.pipelines.stages import Medium, StageRunner
 from service.types import (
     GenerateInput,
     GenerateOutput,
@@ -60,8 +60,8 @@ class Seen:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the states."""
-        return self.output.states.numel() * self.output.states.element_size()
+        """Bytes of states and frames."""
+        return self.output.states.nbytes + (0 if self.output.frames is None else self.output.frames.nbytes)
 
 
 class BlipStages(StageRunner[Seen]):
@@ -70,22 +70,20 @@ class BlipStages(StageRunner[Seen]):
     backbone: BlipBackbone
 
     async def see(self, medium: Medium, pin: Pin, context: RequestContext) -> Seen:
-        """Decode a medium and run the vision tower over it."""
+        """What the vision tower makes of a medium with an adapter; kept, and shared by those who wait for it."""
         preprocessing = preprocessing_of(pin.config, self.backbone)
-        key = self._feature_key(medium, pin, preprocessing)
-        cached = self._features.get(key) if key is not None else None
-        if cached is not None:
-            return cached
-        pixels, times_s, duration_s = await self.decoder.pixels(medium, preprocessing, context)
-        seen = Seen(await self.vision(pixels, pin, context), times_s, duration_s)
-        if key is not None:
-            self._features.put(key, seen)
-        return seen
 
-    def _feature_key(self, medium: Medium, pin: Pin, preprocessing: Preprocessing) -> str | None:
-        if medium.digest is None:
-            return None
-        return cache_key(medium.kind, medium.digest, pin.digest, preprocessing.model_dump_json())
+        async def look(context: RequestContext) -> Seen:
+            pixels, times_s, duration_s = await self.decoder.pixels(medium, preprocessing, context)
+            output = await self.vision(pixels, pin, context)
+            frames = None if output.frames is None else output.frames.clone()  # they were part of the batch's
+            return Seen(VisionOutput(output.states, frames), times_s, duration_s)
+
+        return await self._states(medium, pin, look, context)
+
+    def made_by(self, pin: Pin) -> tuple[str, ...]:
+        """See StageRunner."""
+        return pin.digest, preprocessing_of(pin.config, self.backbone).model_dump_json()
 
     async def vision(self, pixels: Tensor, pin: Pin, context: RequestContext) -> VisionOutput:
         """pixels [F, 3, R, R] -> states [F, P, D] and frame features."""

@@ -590,9 +590,11 @@ async def through(work: Awaitable[T], stop: threading.Event) -> T:
 
 
 def frame_features(frames: Tensor | None) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """[F, E] float32 of a vision output; the pipeline made sure there is a projection."""
+    """[F, E] float32 of a vision output, to be read only; the pipeline made sure there is a projection."""
     assert frames is not None, "retrieval without a vision projection. This is a bug."
-    return np.asarray(frames.numpy(), np.float32)
+    view = np.asarray(frames.numpy(), np.float32)
+    view.setflags(write=False)  # others may look at the same medium
+    return view
 
 
 def _store(build: GalleryBuild, source: Source, result: EmbeddedItem | AdapterBankError) -> None:

@@ -14,7 +14,7 @@ from service.backbone.opt_backbone import OptBackbone
 from service.errors import BadQuery
 from service.loader import Pin
 from service.media import SpectrogramPreprocessing
-from service.pipelines.stages import Medium, StageRunner, cache_key
+from service.pipelines.stages import Medium, StageRunner
 from service.types import (
     BASE_INFO,
     ChooseInput,
@@ -40,7 +40,7 @@ class Perceived:
     @property
     def num_bytes(self) -> int:
         """Bytes of the states."""
-        return self.states.numel() * self.states.element_size()
+        return self.states.nbytes
 
 
 class OptStages(StageRunner[Perceived]):
@@ -60,23 +60,24 @@ class OptStages(StageRunner[Perceived]):
     async def perceive(self, medium: Medium, pin: Pin, context: RequestContext) -> Tensor | None:
         """What the adapter's encoder makes of a medium, [blocks, d]; None for `__base__`, which perceives nothing.
 
-        No adapter has a part in it, so what is kept serves all that look alike.
+        No adapter has a part in it, so it is made once for all adapters that perceive alike.
         """
         if pin.config is None:
             return None
         self.check_medium(medium.kind, pin)
         encoder, preprocessing = options_of(pin.config).encoder, pin.config.preprocessing
-        key = None
-        if medium.digest is not None:
-            key = cache_key(medium.kind, medium.digest, encoder, preprocessing.model_dump_json())
-            cached = self._features.get(key)
-            if cached is not None:
-                return cached.states
-        values = await self._decode(medium, preprocessing, context)
-        states = await self.encode(encoder, values, context)
-        if key is not None:
-            self._features.put(key, Perceived(states))
-        return states
+
+        async def look(context: RequestContext) -> Perceived:
+            values = await self._decode(medium, preprocessing, context)
+            return Perceived(await self.encode(encoder, values, context))
+
+        return (await self._states(medium, pin, look, context)).states
+
+    def made_by(self, pin: Pin) -> tuple[str, ...] | None:
+        """See StageRunner."""
+        if pin.config is None:
+            return None
+        return options_of(pin.config).encoder, pin.config.preprocessing.model_dump_json()
 
     async def _decode(
         self, medium: Medium, preprocessing: Preprocessing | AudioPreprocessing, context: RequestContext

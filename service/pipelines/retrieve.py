@@ -145,7 +145,7 @@ class RetrievePipeline:
         reference = self._reference(query, record)
         async with self._loader.pin(reference, context.principal, context.routing_key) as pin:
             self._check_key(pin, record, gallery, query)
-            medium = await self._medium(query, context)
+            medium = await self._medium(query, pin, context)
             with self._admission.permit(self._cost(query, gallery, pin, depth)):
                 return await self._search(query, record, gallery, pin, depth, medium, context)
 
@@ -186,12 +186,12 @@ class RetrievePipeline:
             param="adapter",
         )
 
-    async def _medium(self, query: RetrieveQuery, context: RequestContext) -> Medium | None:
+    async def _medium(self, query: RetrieveQuery, pin: Pin, context: RequestContext) -> Medium | None:
         match query.query:
             case TextQuery():
                 return None
-            case MediaBytes(kind, data):
-                return Medium(kind, data)
+            case MediaBytes():
+                return await self._stages.blip(pin).uploaded(query.query)
             case GalleryMedia(gallery, item):
                 return await self._galleries.medium(gallery, item, context.principal)
 

@@ -87,7 +87,7 @@ class VqaPipeline:
         context: RequestContext,
     ) -> VqaAnswer:
         search = way.search(decode, question, pin)
-        medium = await self._medium(media, context)
+        medium = await self._medium(media, pin, context)
         with self._admission.permit(way.cost_of_generating(media, question, search, pin)):
             hypotheses = await way.generate(medium, question, search, pin, context)
         options = [Alternative(way.backbone.detokenize(h.ids), h.score) for h in hypotheses]
@@ -103,7 +103,7 @@ class VqaPipeline:
         context: RequestContext,
     ) -> VqaAnswer:
         candidates, texts = await asyncio.to_thread(self._candidates, decode, way, pin)
-        medium = await self._medium(media, context)
+        medium = await self._medium(media, pin, context)
         k = min(decode.k or way.decoding(pin).rank_k, len(candidates))
         with self._admission.permit(way.cost_of_ranking(media, question, candidates, k, pin)):
             ranked = await way.rank(medium, question, candidates, k, pin, context)
@@ -113,10 +113,10 @@ class VqaPipeline:
             options[0].answer, options[0].score, options[0].index, tuple(options[1:]), pin.info, question.warnings
         )
 
-    async def _medium(self, media: MediaSource, context: RequestContext) -> Medium:
+    async def _medium(self, media: MediaSource, pin: Pin, context: RequestContext) -> Medium:
         match media:
-            case MediaBytes(kind, data):
-                return Medium(kind, data)
+            case MediaBytes():
+                return await self._stages.of(pin).uploaded(media)
             case GalleryMedia(gallery, item):
                 return await self._galleries.medium(gallery, item, context.principal)
 

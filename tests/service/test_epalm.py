@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.config import BASE_ADAPTER
 from adapters.errors import MissingPart, ProbeFailed
 from adapters.families.base import SlotView, UniformAdaptation
 from adapters.families.epalm import EPalm
@@ -23,13 +24,16 @@ from service.gallery.sources import Source
 from service.home import push_package
 from service.lifecycle.writing import write_probed_package
 from service.media import Preprocessing, SpectrogramPreprocessing, decode_image, decode_sound, decode_video
+from service.metrics import Metrics
 from service.pipelines.answering import UNSEEN
+from service.pipelines.features import Features
 from service.pipelines.galleries import BuildOptions
 from service.types import (
     AdapterInfo,
     CaptionQuery,
     GalleryMedia,
     GenerateDecode,
+    Job,
     MediaBytes,
     MediaKind,
     RankDecode,
@@ -217,6 +221,37 @@ def test_an_item_of_a_gallery_is_perceived_once_whatever_the_adapter(both: Both,
         both.service.call(runtime.vqa.answer(VqaQuery("watch", QUESTION, media, GenerateDecode()), context()))
 
 
+@pytest.mark.parametrize("kind", MEDIA)
+def test_all_who_ask_about_one_medium_at_once_have_it_perceived_once(
+    both: Both, monkeypatch: pytest.MonkeyPatch, kind: MediaKind
+) -> None:
+    """Whatever they ask, by whatever adapter of that encoder; and the first may take its adapter with it."""
+    runtime = both.service.runtime
+    names = [name for name, (_, _, medium, _) in ADAPTERS.items() if medium == kind]
+    decodes: list[Any] = [GenerateDecode(), GenerateDecode(1, 4)]
+    asked = [(name, decode) for name in names for decode in decodes]
+    asked += [(name, RankDecode()) for name in names if ADAPTERS[name][0] == "vqa"]
+    monkeypatch.setattr(runtime.stages.on("opt"), "_features", Features(0, Metrics(), "opt"))
+    expected = [both.answer(name, decode) for name, decode in asked]
+    monkeypatch.setattr(runtime.stages.on("opt"), "_features", Features(1 << 20, Metrics(), "opt"))
+    jobs, submit = [], runtime.engine.submit
+
+    def noted(job: Job) -> Any:
+        jobs.append(job)
+        return submit(job)
+
+    monkeypatch.setattr(runtime.engine, "submit", noted)
+
+    async def at_once() -> list[VqaAnswer]:
+        return list(await asyncio.gather(*(both.asking(name, decode) for name, decode in asked)))
+
+    for got, want in zip(both.service.call(at_once()), expected, strict=True):
+        assert (got.answer, got.adapter) == (want.answer, want.adapter)
+        assert got.score == pytest.approx(want.score, abs=1e-4)
+    (perceived,) = [job for job in jobs if job.stage == "perceive"]
+    assert perceived.adapter == BASE_ADAPTER
+
+
 def test_a_language_model_does_not_retrieve(both: Both, tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(picture(4))
     runtime, source = both.service.runtime, Source("one.png", "image", tmp_path / "one.png")
@@ -258,6 +293,8 @@ def test_a_request_is_admitted_for_what_its_jobs_cost(
 
     monkeypatch.setattr(runtime.admission, "permit", noted)
     monkeypatch.setattr(runtime.engine, "submit", counted)
+    stages = runtime.stages.on("opt" if name in ADAPTERS else "blip")
+    monkeypatch.setattr(stages, "_features", Features(0, Metrics(), "none"))
     both.answer(name, decode)
     both.answer(name, decode, question="what colour is the big red circle at the left?")
     assert len(run) == 4

@@ -1,6 +1,7 @@
 """Serve applications over real sockets, in a thread of this process."""
 
 import asyncio
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -65,6 +67,12 @@ def served(app: ASGIApp, *, lifespan: bool = True) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
+
+
+def scraped(http: httpx.Client, series: str) -> float:
+    """What GET /metrics says of a series, labels included; 0 when it says nothing."""
+    found = re.search(rf"^{re.escape(series)} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, ready: threading.Event) -> None:

@@ -255,6 +255,28 @@ def test_a_second_match_finds_the_states_it_needs_in_the_cache(service: Service)
     assert answer.hits
 
 
+@pytest.mark.parametrize(
+    "media",
+    [MediaBytes("image", picture(105)), MediaBytes("video", make_clip(num_frames=13, size=(32, 32)))],
+    ids=["picture", "clip"],
+)
+def test_searches_with_one_medium_look_at_it_once(service: Service, media: MediaBytes) -> None:
+    runtime = service.runtime
+    queries = [wanted("clips", media, k=3), wanted("texts", media, k=3, rerank="match"), wanted("weighted", media, k=2)]
+
+    def num_looked() -> float:
+        return runtime.metrics.registry.get_sample_value("bank_batch_jobs_sum", {"stage": "vision"}) or 0.0
+
+    async def at_once() -> list[RetrieveAnswer]:
+        return await asyncio.gather(*(runtime.retrieve.search(query, context()) for query in queries * 3))
+
+    before = num_looked()
+    answers = service.call(at_once())
+    assert num_looked() == before + 1
+    assert answers[:3] == answers[3:6] == answers[6:]
+    assert search(service, queries[0]).hits == answers[0].hits
+
+
 def test_many_candidates_are_matched_in_parts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     query = wanted("pictures", k=6, rerank="match", rerank_depth=6)
     whole = search(service, query)

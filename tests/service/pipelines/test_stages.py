@@ -1,31 +1,37 @@
-"""What all pipelines share: deadlines, texts within limits, cached vision states, gathering."""
+"""What all pipelines share: deadlines, texts within limits, vision states kept and shared, gathering."""
 
 import asyncio
+import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from service.auth import LOCAL
-from service.errors import BadQuery, DeadlineExceeded, Overloaded
+from service.errors import BadQuery, CorruptMedia, DeadlineExceeded, Overloaded
 from service.loader import Pin
-from service.pipelines.blip import Seen, preprocessing_of, text_limit
+from service.media import media_digest
+from service.metrics import Metrics
+from service.pipelines.blip import BlipStages, preprocessing_of, text_limit
+from service.pipelines.galleries import frame_features
+from service.pipelines.stage_set import StageSet
 from service.pipelines.stages import (
+    HASHED_BY_THREADS_BYTES,
     MAX_TEXT_CHARS,
-    FeatureCache,
     Medium,
     gather_or_cancel,
     tokenize_within,
     within_deadline,
 )
-from service.types import BASE_INFO, VisionOutput
+from service.types import BASE_INFO, Job, MediaBytes, StageOutput
+from tests.service.media.clips import make_clip
 from tests.service.worlds import Service, World, adapter_config, context, picture
-
-
-def seen(num_floats: int) -> Seen:
-    return Seen(VisionOutput(torch.zeros(1, 1, num_floats), None), (0.0,), None)
-
 
 # --- deadlines -----------------------------------------------------------------------------------------------
 
@@ -112,35 +118,80 @@ def test_limits_and_preprocessing_are_the_adapters_or_the_backbones(world: World
 # --- vision states -------------------------------------------------------------------------------------------
 
 
-def test_the_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used() -> None:
-    cache = FeatureCache(max_bytes=3 * 4 * 10)
-    for key in ("a", "b", "c"):
-        cache.put(key, seen(10))
-    assert cache.get("a") is not None
-    cache.put("d", seen(10))
-    assert [key for key in "abcd" if cache.get(key)] == ["a", "c", "d"]
-    cache.put("huge", seen(1000))
-    assert cache.get("huge") is None
-    cache.put("d", seen(10))  # there already: counted once
-    cache.put("wide", seen(30))
-    assert [key for key in ("a", "c", "d", "wide") if cache.get(key)] == ["wide"]
+class Watch:
+    """What a service decodes and runs from now on. Either can be held up until it may go on."""
+
+    def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runtime = service.runtime
+        self.num_decoded = 0
+        self.jobs: list[Job] = []
+        self.results: list[Future[StageOutput]] = []
+        self.may_decode, self.may_run = asyncio.Event(), asyncio.Event()
+        self.may_decode.set()
+        self.may_run.set()
+        submit, decode = self.runtime.engine.submit, self.runtime.media.call
+
+        async def decoded(*args: Any, **kwargs: Any) -> Any:
+            self.num_decoded += 1
+            await self.may_decode.wait()
+            return await decode(*args, **kwargs)
+
+        def submitted(job: Job) -> Future[StageOutput]:
+            self.jobs.append(job)
+            if self.may_run.is_set():
+                return submit(job)
+            held: Future[StageOutput] = Future()
+            self.results.append(held)
+            return held
+
+        monkeypatch.setattr(self.runtime.media, "call", decoded)
+        monkeypatch.setattr(self.runtime.engine, "submit", submitted)
+
+    @property
+    def num_looks(self) -> tuple[int, int]:
+        """Media decoded, and jobs that looked at one."""
+        return self.num_decoded, sum(job.stage in ("vision", "perceive") for job in self.jobs)
 
 
-def test_a_cache_of_no_bytes_keeps_nothing() -> None:
-    cache = FeatureCache(0)
-    cache.put("a", seen(1))
-    assert cache.get("a") is None
+@pytest.fixture
+def watch(service: Service, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(service, monkeypatch)
 
 
-def test_states_are_cached_by_medium_and_adapter_where_the_bytes_are_known(service: Service) -> None:
-    stages = service.runtime.stages.on("")
+def blip(service: Service, feature_cache_bytes: int = 1 << 20) -> BlipStages:
+    """Stages that have kept nothing yet."""
+    runtime = service.runtime
+    stages = StageSet(
+        runtime.engine, runtime.backbones, runtime.media, Metrics(), feature_cache_bytes=feature_cache_bytes
+    ).on("")
+    assert isinstance(stages, BlipStages)
+    return stages
+
+
+def lookups(stages: BlipStages) -> dict[str, float]:
+    """How media were come by, as it is scraped."""
+    (family,) = stages.metrics.feature_lookups.collect()
+    return {s.labels["outcome"]: s.value for s in family.samples if s.name == "bank_feature_lookups_total"}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+UPLOADS = {"image": MediaBytes("image", picture(3)), "video": MediaBytes("video", make_clip(num_frames=9))}
+
+
+def test_states_are_kept_where_the_bytes_are_known(service: Service) -> None:
+    stages = blip(service)
 
     async def story() -> None:
         async with (
             service.runtime.loader.pin("find", LOCAL) as find,
             service.runtime.loader.pin("heads", LOCAL) as heads,
         ):
-            known, unknown = Medium("image", picture(3), "sha256:3"), Medium("image", picture(3))
+            known, unknown = await stages.uploaded(UPLOADS["image"]), Medium("image", picture(3))
             first = await stages.see(known, find, context())
             assert await stages.see(known, find, context()) is first
             assert await stages.see(known, heads, context()) is not first
@@ -150,6 +201,199 @@ def test_states_are_cached_by_medium_and_adapter_where_the_bytes_are_known(servi
             assert await stages.see(unknown, find, context()) is not fresh
 
     service.call(story())
+    assert lookups(stages) == {"miss": 2, "hit": 1}
+
+
+def test_the_key_tells_apart_all_that_decides_the_states(service: Service, tmp_path: Path) -> None:
+    stages, base = blip(service), Pin(BASE_INFO, "__base__", None)
+    ask, tell = (adapter_config(service.runtime.backbone, resolution=side) for side in (16, 24))
+    digest = media_digest(picture(3))
+
+    async def story() -> None:
+        upload = await stages.uploaded(UPLOADS["image"])
+        assert upload.digest == digest
+        keys = [
+            stages._key(medium, pin, context())
+            for medium, pin in [
+                (upload, base),
+                (replace(upload, digest=media_digest(picture(4))), base),
+                (replace(upload, kind="video"), base),
+                (Medium("image", tmp_path / "a.png", digest), base),  # not what others upload, though it claims to be
+                (Medium("image", tmp_path / "b.png", digest), base),
+                (upload, Pin(BASE_INFO, "sha256:1", ask)),
+                (upload, Pin(BASE_INFO, "sha256:2", ask)),
+                (upload, Pin(BASE_INFO, "sha256:1", tell)),
+            ]
+        ]
+        assert None not in keys and len(set(keys)) == len(keys)
+        same = await stages.uploaded(MediaBytes("image", bytes(bytearray(picture(3)))))
+        assert stages._key(same, base, context()) == keys[0]
+
+    service.call(story())
+
+
+def test_what_is_long_is_hashed_by_another_thread(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed_by: list[str] = []
+
+    def noted(data: bytes) -> str:
+        hashed_by.append(threading.current_thread().name)
+        return media_digest(data)
+
+    monkeypatch.setattr("service.pipelines.stages.media_digest", noted)
+    stages = blip(service)
+    for num_bytes in (HASHED_BY_THREADS_BYTES - 1, HASHED_BY_THREADS_BYTES):
+        medium = service.call(stages.uploaded(MediaBytes("image", bytes(num_bytes))))
+        assert medium.digest == media_digest(bytes(num_bytes))
+    on_loop, elsewhere = hashed_by
+    assert on_loop == "service-loop" != elsewhere
+
+
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_many_who_look_at_once_share_one_decoding_and_one_job(service: Service, watch: Watch, kind: str) -> None:
+    stages, requests = blip(service), [context(client="ada", request_id=f"{number}") for number in range(8)]
+    watch.may_decode.clear()
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            tasks = [
+                asyncio.create_task(stages.see(await stages.uploaded(UPLOADS[kind]), pin, request))
+                for request in requests
+            ]
+            await until(lambda: lookups(stages) == {"miss": 1, "joined": 7})
+            watch.may_decode.set()
+            seen = await asyncio.gather(*tasks)
+            assert all(one is seen[0] for one in seen)
+            alone = await stages.see(await stages.uploaded(UPLOADS[kind]), pin, context(alone=True))
+            torch.testing.assert_close(seen[0].output.states, alone.output.states, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(seen[0].output.frames, alone.output.frames, atol=1e-5, rtol=1e-5)
+
+    service.call(story())
+    assert watch.num_looks == (2, 2)  # with the one who was alone
+    assert lookups(stages) == {"miss": 1, "joined": 7}
+    job = watch.jobs[0]
+    assert (job.client, job.request_id, job.background) == ("ada", "0", False)
+    assert set(requests[0].stage_ms) == {"decode", "vision"}
+    assert all(set(request.stage_ms) == {"join"} for request in requests[1:])
+
+
+@pytest.mark.parametrize("leaving", ["cancelled", "late"])
+@pytest.mark.parametrize("during", ["decode", "vision"])
+def test_the_first_may_leave_and_the_others_get_their_states(
+    service: Service, watch: Watch, leaving: str, during: str
+) -> None:
+    stages = blip(service)
+    (watch.may_decode if during == "decode" else watch.may_run).clear()
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            medium = await stages.uploaded(UPLOADS["image"])
+            timeout_s = 0.05 if leaving == "late" else 30.0
+            first = asyncio.create_task(stages.see(medium, pin, context(timeout_s)))
+            others = [asyncio.create_task(stages.see(medium, pin, context())) for _ in range(3)]
+            await until(lambda: watch.num_decoded == 1 if during == "decode" else len(watch.results) == 1)
+            if leaving == "cancelled":
+                first.cancel()
+            (outcome,) = await asyncio.gather(first, return_exceptions=True)
+            assert isinstance(outcome, DeadlineExceeded if leaving == "late" else asyncio.CancelledError)
+            watch.may_decode.set()
+            watch.may_run.set()
+            if during == "vision":
+                assert not watch.results[0].cancelled()
+                ran = await asyncio.wrap_future(watch.runtime.engine.submit(watch.jobs[0]))
+                watch.results[0].set_result(ran)
+            seen = await asyncio.gather(*others)
+            assert all(one is seen[0] for one in seen)
+
+    service.call(story())
+    assert watch.num_decoded == 1
+    assert len({job.number for job in watch.jobs}) == 1
+    assert watch.jobs[0].deadline == math.inf  # it lives as long as somebody waits
+
+
+def test_when_all_have_left_the_job_is_taken_back(service: Service, watch: Watch) -> None:
+    stages = blip(service)
+    watch.may_run.clear()
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            medium = await stages.uploaded(UPLOADS["image"])
+            tasks = [asyncio.create_task(stages.see(medium, pin, context())) for _ in range(3)]
+            await until(lambda: len(watch.results) == 1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert watch.results[0].cancelled()
+            watch.may_run.set()
+            await stages.see(medium, pin, context())
+
+    service.call(story())
+    assert watch.num_looks == (2, 2)
+
+
+def test_an_error_is_told_to_all_who_wait_and_the_next_tries_again(service: Service, watch: Watch) -> None:
+    stages = blip(service)
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            medium = await stages.uploaded(MediaBytes("image", picture(3)[:60]))
+            looks = [stages.see(medium, pin, context()) for _ in range(3)]
+            outcomes = await asyncio.gather(*looks, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [CorruptMedia] * 3
+            with pytest.raises(CorruptMedia):
+                await stages.see(medium, pin, context())
+
+    service.call(story())
+    assert watch.num_looks == (2, 0)
+    assert stages._features._cache.num_bytes == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nothing_is_kept_or_shared_for_who_is_alone_or_where_it_is_off(
+    service: Service, watch: Watch, alone: bool
+) -> None:
+    stages = blip(service, 1 << 20 if alone else 0)
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            medium = await stages.uploaded(UPLOADS["image"])
+            assert (medium.digest is None) == (not alone)
+            known = Medium("image", picture(3), "sha256:3")
+            for one in (medium, known):
+                looks = [stages.see(one, pin, context(alone=alone)) for _ in range(2)]
+                await asyncio.gather(*looks)
+
+    service.call(story())
+    assert watch.num_looks == (4, 4)
+    assert stages._features._cache.num_bytes == 0
+    assert lookups(stages) == {}
+
+
+def test_what_is_kept_owns_its_memory_and_is_counted_whole(service: Service) -> None:
+    """States of many pictures come from one batch; none may keep the whole batch alive."""
+    stages = blip(service)
+
+    async def story() -> None:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            media = [await stages.uploaded(MediaBytes("image", picture(number))) for number in range(12)]
+            media += [await stages.uploaded(UPLOADS["video"])]
+            await asyncio.gather(*(stages.see(medium, pin, context()) for medium in media))
+
+    service.call(story())
+    kept = list(stages._features._cache._entries.values())
+    assert len(kept) == 13
+    for seen in kept:
+        tensors = [seen.output.states, seen.output.frames]
+        assert seen.num_bytes == sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+    gauge = stages.metrics.registry.get_sample_value("bank_feature_cache_bytes", {"backbone": stages.hosted.name})
+    assert gauge == sum(seen.num_bytes for seen in kept)
+
+
+def test_frames_are_handed_out_to_be_read_only(service: Service) -> None:
+    stages, base = blip(service), Pin(BASE_INFO, "__base__", None)
+    seen = service.call(stages.see(Medium("image", picture(1)), base, context()))
+    frames = frame_features(seen.output.frames)
+    with pytest.raises(ValueError, match="read-only"):
+        frames[0, 0] = 1.0
 
 
 def test_a_picture_has_one_frame_and_no_times(service: Service) -> None:

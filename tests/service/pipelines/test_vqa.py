@@ -22,13 +22,17 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.loader import Pin
+from service.metrics import Metrics
+from service.pipelines.stage_set import StageSet
 from service.pipelines.stages import Medium
+from service.pipelines.vqa import VqaPipeline
 from service.types import (
     GalleryMedia,
     GenerateDecode,
     MediaBytes,
     RankDecode,
     RequestContext,
+    RetrieveQuery,
     VqaAnswer,
     VqaQuery,
 )
@@ -177,9 +181,12 @@ def test_unknown_words_are_told(service: Service) -> None:
 
 
 def test_stage_times_are_told(service: Service) -> None:
-    request = context()
-    answer(service, ASK, request)
-    assert set(request.stage_ms) == {"decode", "vision", "generate"}
+    first, second = context(), context()
+    query = asked(media=MediaBytes("image", picture(101)))
+    answer(service, query, first)
+    assert set(first.stage_ms) == {"decode", "vision", "generate"}
+    answer(service, query, second)
+    assert set(second.stage_ms) == {"generate"}
 
 
 # --- refusals ------------------------------------------------------------------------------------------------
@@ -237,6 +244,74 @@ def test_no_budget_means_no_decoding(service: Service, monkeypatch: pytest.Monke
 
 
 # --- many at once --------------------------------------------------------------------------------------------
+
+
+def num_looks(service: Service) -> tuple[float, float]:
+    """Media decoded so far, and jobs that looked at one."""
+    sample = service.runtime.metrics.registry.get_sample_value
+    decoded = sample("bank_stage_seconds_count", {"stage": "decode"})
+    return decoded or 0.0, sample("bank_batch_jobs_sum", {"stage": "vision"}) or 0.0
+
+
+QUESTIONS = ("what colour is it?", "is the circle big?", "what is red?", "is it a square?")
+DECODES = (GenerateDecode(), GenerateDecode(1, 3), RankDecode(), RankDecode(CHOICES, k=2))
+
+
+@pytest.mark.parametrize(
+    "media",
+    [MediaBytes("image", picture(102)), MediaBytes("video", make_clip(num_frames=11, size=(32, 32)))],
+    ids=["picture", "clip"],
+)
+def test_many_questions_about_one_medium_look_at_it_once_and_are_answered_as_if_alone(
+    service: Service, media: MediaBytes
+) -> None:
+    runtime = service.runtime
+    queries = [
+        VqaQuery(adapter, question, media, decode)
+        for adapter in ("ask", "tell")
+        for question, decode in zip(QUESTIONS, DECODES, strict=True)
+    ]
+    unshared = StageSet(runtime.engine, runtime.backbones, runtime.media, Metrics(), feature_cache_bytes=0)
+    alone = VqaPipeline(unshared, runtime.loader, runtime.galleries, runtime.admission, max_candidates=30)
+    expected = [service.call(alone.answer(query, context())) for query in queries]
+    before = num_looks(service)
+
+    async def at_once() -> list[VqaAnswer]:
+        return await asyncio.gather(*(runtime.vqa.answer(query, context()) for query in queries))
+
+    for got, want in zip(service.call(at_once()), expected, strict=True):
+        assert (got.answer, got.index, got.adapter, got.warnings) == (
+            want.answer,
+            want.index,
+            want.adapter,
+            want.warnings,
+        )
+        assert got.score == pytest.approx(want.score, abs=1e-4)
+    decoded, looked = (now - then for now, then in zip(num_looks(service), before, strict=True))
+    assert (decoded, looked) == (2, 2)  # once for each adapter
+    assert_nothing_taken(runtime)
+
+
+def test_what_is_kept_is_not_changed_by_those_who_use_it(service: Service, collection: Collection) -> None:
+    runtime = service.runtime
+    media = MediaBytes("video", make_clip(num_frames=14, size=(32, 32)))
+
+    async def kept_of(adapter: str) -> list[torch.Tensor]:
+        async with runtime.loader.pin(adapter, LOCAL) as pin:
+            stages = runtime.stages.blip(pin)
+            output = (await stages.see(await stages.uploaded(media), pin, context())).output
+            return [tensor for tensor in (output.states, output.frames) if tensor is not None]
+
+    tensors = [tensor for adapter in ("ask", "find") for tensor in service.call(kept_of(adapter))]
+    before = [tensor.clone() for tensor in tensors]
+    for decode in DECODES:
+        answer(service, asked(media=media, decode=decode))
+    for gallery, rerank in (("clips", "frames"), ("weighted", "none"), ("texts", "match")):
+        query = RetrieveQuery(gallery, media, 3, rerank)  # type: ignore[arg-type]
+        service.call(runtime.retrieve.search(query, context()))
+    now = [tensor for adapter in ("ask", "find") for tensor in service.call(kept_of(adapter))]
+    assert all(one is other for one, other in zip(tensors, now, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
 
 
 def test_failures_stay_with_their_own_request(service: Service) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from service.config import Settings
 from service.home import push_package
 from service.http.app import create_app
 from service.http.schemas import GenerateOptions
-from tests.service.http.serving import served
+from tests.service.http.serving import scraped, served
 from tests.service.media.sounds import make_sound_file, tone
 from tests.service.opt_worlds import make_opt_package, write_tiny_opt
 from tests.service.worlds import picture
@@ -65,6 +66,22 @@ def test_form_path_and_client_give_the_same(http: httpx.Client, url: str) -> Non
     assert http.post("/caption", **form).json() == expected  # type: ignore[arg-type]
     with Client(url) as client:
         assert client.caption("hear", audio=SOUND).model_dump(mode="json") == expected
+
+
+def test_many_who_ask_about_one_sound_have_it_perceived_once(http: httpx.Client) -> None:
+    """By two adapters: neither has a part in the encoder."""
+    sound, perceived = base64_of(make_sound_file(tone(660, 0.5))), 'bank_batch_jobs_sum{stage="perceive"}'
+    before = scraped(http, perceived)
+    question = {"adapter": "ask", "question": "what colour is the big circle?", "audio": sound}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/caption", {"adapter": "hear", "audio": sound}),
+        ("/v1/vqa", question),
+        ("/v1/vqa", question | {"decode": {"mode": "rank"}}),
+    ]
+    with ThreadPoolExecutor(6) as clients:
+        replies = [clients.submit(http.post, path, json=body) for path, body in bodies * 2]
+        assert [reply.result().status_code for reply in replies] == [200] * 6
+    assert scraped(http, perceived) == before + 1
 
 
 def test_decoding_can_be_chosen(url: str) -> None:

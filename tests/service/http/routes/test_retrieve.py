@@ -1,11 +1,12 @@
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.service.http.serving import Serving
+from tests.service.http.serving import Serving, scraped
 from tests.service.http.tiny import NUM_PICTURES, ODD_ID, picture
 
 SEARCH: dict[str, Any] = {"gallery": "pictures", "query": {"text": "a red circle"}}
@@ -65,6 +66,23 @@ def test_a_picture_finds_itself_in_json_form_and_gallery(http: httpx.Client) -> 
     for reply in replies:
         first = reply.json()["hits"][0]
         assert first["id"] == ODD_ID and first["score"] == pytest.approx(1, abs=1e-4)
+
+
+def test_many_searches_with_one_picture_look_at_it_once(http: httpx.Client) -> None:
+    query = {"image": {"base64": base64.b64encode(picture((14, 15, 16))).decode()}}
+    looked = 'bank_batch_jobs_sum{stage="vision"}'
+    before = scraped(http, looked)
+    searches: list[dict[str, Any]] = [
+        {"gallery": "pictures"},
+        {"gallery": "clips", "rerank": "frames"},
+        {"gallery": "texts", "rerank": "match"},
+    ]
+    with ThreadPoolExecutor(6) as clients:
+        replies = [clients.submit(search, http, query=query, **fields) for fields in searches * 2]
+        answers = [reply.result() for reply in replies]
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert [answer.json()["hits"] for answer in answers[:3]] == [answer.json()["hits"] for answer in answers[3:]]
+    assert scraped(http, looked) == before + 1
 
 
 def test_texts_are_found_and_have_no_media(http: httpx.Client) -> None:

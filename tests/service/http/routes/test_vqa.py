@@ -3,18 +3,27 @@ import json
 import os
 import signal
 import struct
+import time
 import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.service.http.serving import Serving
+from tests.service.http.serving import Serving, scraped
 from tests.service.http.tiny import ANSWERS, ODD_ID, picture
 from tests.service.media.clips import make_clip
 
-PICTURE = {"base64": base64.b64encode(picture()).decode()}
+
+def base64_of(data: bytes) -> dict[str, str]:
+    return {"base64": base64.b64encode(data).decode()}
+
+
+PICTURE = base64_of(picture())
 QUESTION: dict[str, Any] = {"adapter": "vqa", "question": "is the red circle big", "image": PICTURE}
 
 
@@ -28,7 +37,7 @@ def error_of(response: httpx.Response) -> tuple[int, str, str | None]:
 
 
 def test_a_question_about_a_picture_is_answered(http: httpx.Client) -> None:
-    response = ask(http)
+    response = ask(http, image=base64_of(picture((1, 2, 3))))
     assert response.status_code == 200
     body = response.json()
     assert body["adapter"]["name"] == "vqa" and body["adapter"]["version"] == 1 and body["adapter"]["alias"] == "prod"
@@ -216,12 +225,93 @@ def test_a_decoder_that_hangs_costs_its_own_request(http: httpx.Client, serving:
         worker._limits = replace(worker._limits, timeout_s=0.5)
         os.kill(worker.ensure_alive().process.pid, signal.SIGSTOP)
     try:
-        hung = [ask(http) for _ in workers]
+        hung = [ask(http, image=base64_of(picture((4, 5, number)))) for number, _ in enumerate(workers)]
         assert [error_of(response) for response in hung] == [(422, "media_timeout", None)] * len(workers)
     finally:
         for worker, limits in zip(workers, known, strict=True):
             worker._limits = limits
-    assert ask(http).status_code == 200
+    assert ask(http, image=base64_of(picture((4, 5, 0)))).status_code == 200
+
+
+def num_looks(http: httpx.Client) -> tuple[float, float]:
+    """Media decoded so far, and jobs that looked at one."""
+    decoded = scraped(http, 'bank_stage_seconds_count{stage="decode"}')
+    return decoded, scraped(http, 'bank_batch_jobs_sum{stage="vision"}')
+
+
+@contextmanager
+def workers_stopped(serving: Serving) -> Iterator[None]:
+    """Nothing is decoded while the block lasts."""
+    processes = [worker.ensure_alive().process.pid for worker in serving.runtime.media._workers]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+MANY = [
+    {"question": question, "decode": decode}
+    for question in ("is it red", "is the circle big", "what is it", "where is the square")
+    for decode in ({"mode": "generate"}, {"mode": "rank"})
+]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_many_questions_about_one_medium_look_at_it_once(http: httpx.Client, serving: Serving, kind: str) -> None:
+    data = picture((7, 8, 9)) if kind == "image" else make_clip(num_frames=17)
+    medium = {"image": None, kind: base64_of(data)}
+    before = num_looks(http)
+    joined = 'bank_feature_lookups_total{backbone="backbone",outcome="joined"}'
+    num_joined = scraped(http, joined)
+    with ThreadPoolExecutor(len(MANY)) as clients:
+        with workers_stopped(serving):
+            replies = [clients.submit(ask, http, **medium, **fields) for fields in MANY]
+            wait_until(lambda: scraped(http, joined) == num_joined + len(MANY) - 1)
+        answers = [reply.result() for reply in replies]
+    assert [answer.status_code for answer in answers] == [200] * len(MANY)
+    assert sum("x-stage-vision-ms" in answer.headers for answer in answers) == 1
+    assert sum("x-stage-join-ms" in answer.headers for answer in answers) == len(MANY) - 1
+    for fields, answer in zip(MANY, answers, strict=True):
+        later = ask(http, **medium, **fields)
+        assert later.json()["answer"] == answer.json()["answer"]
+        assert later.json()["score"] == pytest.approx(answer.json()["score"], abs=1e-4)
+        assert not {"x-stage-decode-ms", "x-stage-vision-ms", "x-stage-join-ms"} & set(later.headers)
+    assert num_looks(http) == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize("how", ["hangs up", "is late"])
+def test_the_first_to_ask_may_leave_and_the_others_are_answered(http: httpx.Client, serving: Serving, how: str) -> None:
+    data = base64_of(picture((10, 11, 12 if how == "is late" else 13)))
+    before, waiting = num_looks(http), 'bank_feature_lookups_total{backbone="backbone",outcome="%s"}'
+    num_first, num_joined = scraped(http, waiting % "miss"), scraped(http, waiting % "joined")
+    with ThreadPoolExecutor(4) as clients, httpx.Client(base_url=serving.url, timeout=30, verify=False) as leaving:
+        with workers_stopped(serving):
+            body = QUESTION | {"image": data}
+            options: dict[str, Any] = (
+                {"headers": {"X-Request-Timeout-Ms": "700"}} if how == "is late" else {"timeout": 0.7}
+            )
+            first = clients.submit(leaving.post, "/v1/vqa", json=body, **options)
+            wait_until(lambda: scraped(http, waiting % "miss") == num_first + 1)
+            others = [clients.submit(ask, http, image=data) for _ in range(3)]
+            wait_until(lambda: scraped(http, waiting % "joined") == num_joined + 3)
+            if how == "is late":
+                assert error_of(first.result()) == (504, "deadline_exceeded", None)
+            else:
+                assert isinstance(first.exception(), httpx.ReadTimeout)
+                left = 'bank_requests_total{adapter="",arm="main",route="/v1/vqa",status="499"}'
+                wait_until(lambda: scraped(http, left) >= 1)
+        assert [other.result().status_code for other in others] == [200] * 3
+    assert num_looks(http) == (before[0] + 1, before[1] + 1)
 
 
 def test_a_request_that_never_had_a_chance_is_late(http: httpx.Client) -> None:
