@@ -7,10 +7,10 @@ from typing import Protocol
 from adapters.config import AdapterConfig, AnswerDecoding, Preprocessing
 from adapters.families.epalm import options_of
 from service.backbone.base import Backbone
-from service.backbone.cost import decode_cost, encoder_cost, tokens_per_frame, vision_cost
+from service.backbone.cost import decode_cost, encoder_cost, tokens_per_frame
 from service.errors import BadQuery
 from service.loader import Pin
-from service.pipelines.blip import BlipStages, preprocessing_of, question_cost, text_limit
+from service.pipelines.blip import BlipStages, frames_of, preprocessing_of, question_cost, text_limit
 from service.pipelines.opt import ENCODER_OF, OptStages
 from service.pipelines.stage_set import AnyStages
 from service.pipelines.stages import EncodedQuery, Medium, tokenize_within, within_limit
@@ -65,13 +65,13 @@ class Answering(Protocol):
     def max_answer_length(self) -> int:
         """Tokens of the longest candidate that can be scored."""
 
-    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
-        """Estimated operations of a request that searches so far for an answer."""
+    def cost_of_generating(self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin) -> float:
+        """Estimated operations of a request that searches so far for an answer; none for looking, where states were kept."""
 
     def cost_of_ranking(
-        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+        self, medium: Medium, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
     ) -> float:
-        """Estimated operations of a request that scores the best k of the candidates."""
+        """Estimated operations of a request that scores the best k of the candidates; of looking as above."""
 
     async def generate(
         self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin, context: RequestContext
@@ -135,25 +135,24 @@ class BlipAnswering:
         assert stack is not None, "the pipeline required a decoder. This is a bug."
         return stack.max_positions
 
-    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
+    def cost_of_generating(self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin) -> float:
         """See Answering."""
-        return self._cost(media, question, search.num_beams, search.max_length, pin)
+        return self._cost(medium, question, search.num_beams, search.max_length, pin)
 
     def cost_of_ranking(
-        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+        self, medium: Medium, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
     ) -> float:
         """See Answering."""
-        return self._cost(media, question, k, max(map(len, candidates)), pin)
+        return self._cost(medium, question, k, max(map(len, candidates)), pin)
 
-    def _cost(self, media: MediaSource, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
-        """Of writing so many rows of that length, [DEC] counted. A gallery item may turn out cheaper, being cached."""
+    def _cost(self, medium: Medium, question: EncodedQuery, rows: int, length: int, pin: Pin) -> float:
+        """Of writing so many rows of that length, [DEC] counted, and of looking at the medium."""
         config, preprocessing = self.backbone.config, preprocessing_of(pin.config, self.backbone)
-        frames = _num_frames(media, preprocessing)
-        memory = frames * tokens_per_frame(config, preprocessing.resolution)
+        memory = frames_of(medium, preprocessing) * tokens_per_frame(config, preprocessing.resolution)
         stack = config.decoder
         assert stack is not None, "the pipeline required a decoder. This is a bug."
         return (
-            vision_cost(config, preprocessing.resolution, frames)
+            self._stages.cost_of_seeing(medium, pin)
             + question_cost(self.backbone, len(question.ids), memory)
             + decode_cost(stack, rows, length, len(question.ids))
         )
@@ -230,20 +229,20 @@ class OptAnswering:
         """See Answering."""
         return self._max_positions // 2
 
-    def cost_of_generating(self, media: MediaSource, question: EncodedQuery, search: Search, pin: Pin) -> float:
+    def cost_of_generating(self, medium: Medium, question: EncodedQuery, search: Search, pin: Pin) -> float:
         """See Answering. `max_length` counts the question, which every beam holds."""
-        return self._perceiving(pin) + self._stages.text_cost(search.num_beams, search.max_length, pin)[0]
+        return self._perceiving(medium, pin) + self._stages.text_cost(search.num_beams, search.max_length, pin)[0]
 
     def cost_of_ranking(
-        self, media: MediaSource, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
+        self, medium: Medium, question: EncodedQuery, candidates: Candidates, k: int, pin: Pin
     ) -> float:
         """See Answering. Each candidate is read behind the question."""
         length = len(question.ids) + max(map(len, candidates))
-        return self._perceiving(pin) + self._stages.text_cost(k, length, pin)[0]
+        return self._perceiving(medium, pin) + self._stages.text_cost(k, length, pin)[0]
 
-    def _perceiving(self, pin: Pin) -> float:
-        """Estimated operations of the adapter's encoder; a gallery item may turn out cheaper, being cached."""
-        if pin.config is None:
+    def _perceiving(self, medium: Medium, pin: Pin) -> float:
+        """Estimated operations of the adapter's encoder; none where its states of the medium were kept."""
+        if pin.config is None or medium.kept is not None:
             return 0.0
         options, preprocessing = options_of(pin.config), pin.config.preprocessing
         encoder = self.backbone.config.encoders[options.encoder]
@@ -282,7 +281,3 @@ def _until(ids: tuple[int, ...], end: int | None) -> tuple[int, ...]:
 
 def _decoding(config: AdapterConfig | None) -> AnswerDecoding | None:
     return None if config is None else config.decoding
-
-
-def _num_frames(media: MediaSource, preprocessing: Preprocessing) -> int:
-    return 1 if isinstance(media, MediaBytes) and media.kind == "image" else preprocessing.num_frames

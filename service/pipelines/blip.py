@@ -32,6 +32,11 @@ def preprocessing_of(config: AdapterConfig | None, backbone: BlipBackbone) -> Pr
     return config.pixels if config is not None else Preprocessing(resolution=backbone.resolution)
 
 
+def frames_of(medium: Medium, preprocessing: Preprocessing) -> int:
+    """How many frames of a medium are looked at."""
+    return 1 if medium.kind == "image" else preprocessing.num_frames
+
+
 def text_limit(config: AdapterConfig | None, backbone: BlipBackbone) -> int:
     """How many tokens a text may have: the adapter's limit within the backbone's positions."""
     wanted = config.max_text_tokens if config is not None else backbone.manifest.max_text_tokens
@@ -84,6 +89,13 @@ class BlipStages(StageRunner[Seen]):
     def made_by(self, pin: Pin) -> tuple[str, ...]:
         """See StageRunner."""
         return pin.digest, preprocessing_of(pin.config, self.backbone).model_dump_json()
+
+    def cost_of_seeing(self, medium: Medium, pin: Pin) -> float:
+        """Estimated operations of looking at a medium; none where its states were kept."""
+        if medium.kept is not None:
+            return 0.0
+        preprocessing = preprocessing_of(pin.config, self.backbone)
+        return vision_cost(self.backbone.config, preprocessing.resolution, frames_of(medium, preprocessing))
 
     async def vision(self, pixels: Tensor, pin: Pin, context: RequestContext) -> VisionOutput:
         """pixels [F, 3, R, R] -> states [F, P, D] and frame features."""

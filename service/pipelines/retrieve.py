@@ -146,7 +146,7 @@ class RetrievePipeline:
         async with self._loader.pin(reference, context.principal, context.routing_key) as pin:
             self._check_key(pin, record, gallery, query)
             medium = await self._medium(query, pin, context)
-            with self._admission.permit(self._cost(query, gallery, pin, depth)):
+            with self._admission.permit(self._cost(query, gallery, pin, depth, medium)):
                 return await self._search(query, record, gallery, pin, depth, medium, context)
 
     def _depth(self, query: RetrieveQuery, gallery: Gallery) -> int:
@@ -187,29 +187,32 @@ class RetrievePipeline:
         )
 
     async def _medium(self, query: RetrieveQuery, pin: Pin, context: RequestContext) -> Medium | None:
+        """What is searched with, and what is kept of it; None for a text."""
+        stages = self._stages.blip(pin)
         match query.query:
             case TextQuery():
                 return None
             case MediaBytes():
-                return await self._stages.blip(pin).uploaded(query.query)
+                medium = await stages.uploaded(query.query)
             case GalleryMedia(gallery, item):
-                return await self._galleries.medium(gallery, item, context.principal)
+                medium = await self._galleries.medium(gallery, item, context.principal)
+        return stages.recall(medium, pin, context)
 
-    def _cost(self, query: RetrieveQuery, gallery: Gallery, pin: Pin, depth: int) -> float:
-        """Estimated operations; candidates whose states are cached turn out cheaper."""
-        backbone = self._stages.blip(pin).backbone
+    def _cost(self, query: RetrieveQuery, gallery: Gallery, pin: Pin, depth: int, medium: Medium | None) -> float:
+        """Estimated operations; candidates whose states are kept turn out cheaper."""
+        stages = self._stages.blip(pin)
+        backbone = stages.backbone
         backbone.require("retrieval", heads=pin.config.heads if pin.config else ())
         preprocessing = preprocessing_of(pin.config, backbone)
         stack = backbone.config.text_encoder
         assert stack is not None
         length = text_limit(pin.config, backbone)
         per_frame = vision_cost(backbone.config, preprocessing.resolution, 1)
-        is_text = isinstance(query.query, TextQuery)
-        cost = text_cost(stack, 1, length) if is_text else per_frame * preprocessing.num_frames
+        cost = text_cost(stack, 1, length) if medium is None else stages.cost_of_seeing(medium, pin)
         if query.rerank == "match":
             frames = 1 if gallery.manifest.kind == "image" else preprocessing.num_frames
             memory = frames * tokens_per_frame(backbone.config, preprocessing.resolution)
-            cost += text_cost(stack, depth, length, memory) + (depth * frames * per_frame if is_text else 0.0)
+            cost += text_cost(stack, depth, length, memory) + (depth * frames * per_frame if medium is None else 0.0)
         return cost
 
     async def _search(

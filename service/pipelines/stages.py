@@ -10,9 +10,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from service.loader import Pin
 from service.media import MediaWorkers, media_digest
 from service.media import Preprocessing as PixelPreprocessing
 from service.metrics import Metrics
-from service.pipelines.features import Features, Make, S, cache_key
+from service.pipelines.features import Features, Make, S, Sized, cache_key
 from service.types import Job, MediaBytes, MediaKind, RequestContext, Stage, StageInput, StageOutput
 
 T = TypeVar("T")
@@ -76,12 +76,24 @@ def within_limit(text: str, limit: int, tokenize: Callable[[], TokenizedText], *
 
 
 @dataclass(frozen=True)
+class Kept:
+    """States that were kept of a medium, and under which key."""
+
+    key: str
+    states: Sized
+
+
+@dataclass(frozen=True)
 class Medium:
-    """A picture, clip or sound to look at. `digest` is given where states of these bytes may be kept and shared."""
+    """A picture, clip or sound to look at. `digest` is given where states of these bytes may be kept and shared.
+
+    `kept` is filled by `StageRunner.recall`.
+    """
 
     kind: MediaKind
     source: bytes | Path
     digest: str | None = None
+    kept: Kept | None = field(default=None, repr=False, compare=False)
 
 
 class Decoder:
@@ -147,6 +159,12 @@ class StageRunner(ABC, Generic[S]):
         digest = media_digest(media.data) if is_short else await asyncio.to_thread(media_digest, media.data)
         return Medium(media.kind, media.data, digest)
 
+    def recall(self, medium: Medium, pin: Pin, context: RequestContext) -> Medium:
+        """The medium with what is kept of it, if anything: looking at it then costs nothing, whatever makes room meanwhile."""
+        key = self._key(medium, pin, context)
+        states = None if key is None else self._features.kept(key)
+        return medium if key is None or states is None else replace(medium, kept=Kept(key, states))
+
     async def _states(self, medium: Medium, pin: Pin, make: Make[S], context: RequestContext) -> S:
         """What is kept of a medium, or what others wait for already; else what `make` makes of it.
 
@@ -155,6 +173,9 @@ class StageRunner(ABC, Generic[S]):
         key = self._key(medium, pin, context)
         if key is None:
             return await make(context)
+        if medium.kept is not None and medium.kept.key == key:
+            self._features.count("hit")
+            return cast(S, medium.kept.states)  # of this backbone's, by the key
         async with within_deadline(context):
             return await self._features.get(key, make, context)
 

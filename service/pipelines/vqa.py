@@ -88,7 +88,7 @@ class VqaPipeline:
     ) -> VqaAnswer:
         search = way.search(decode, question, pin)
         medium = await self._medium(media, pin, context)
-        with self._admission.permit(way.cost_of_generating(media, question, search, pin)):
+        with self._admission.permit(way.cost_of_generating(medium, question, search, pin)):
             hypotheses = await way.generate(medium, question, search, pin, context)
         options = [Alternative(way.backbone.detokenize(h.ids), h.score) for h in hypotheses]
         return VqaAnswer(options[0].answer, options[0].score, None, tuple(options[1:]), pin.info, question.warnings)
@@ -105,7 +105,7 @@ class VqaPipeline:
         candidates, texts = await asyncio.to_thread(self._candidates, decode, way, pin)
         medium = await self._medium(media, pin, context)
         k = min(decode.k or way.decoding(pin).rank_k, len(candidates))
-        with self._admission.permit(way.cost_of_ranking(media, question, candidates, k, pin)):
+        with self._admission.permit(way.cost_of_ranking(medium, question, candidates, k, pin)):
             ranked = await way.rank(medium, question, candidates, k, pin, context)
         order = sorted(range(k), key=lambda place: (-ranked.scores[place], ranked.indices[place]))
         options = [Alternative(texts[ranked.indices[i]], ranked.scores[i], ranked.indices[i]) for i in order]
@@ -114,11 +114,14 @@ class VqaPipeline:
         )
 
     async def _medium(self, media: MediaSource, pin: Pin, context: RequestContext) -> Medium:
+        """What to look at, with what is kept of it: this is before the permit, which then costs less."""
+        stages = self._stages.of(pin)
         match media:
             case MediaBytes():
-                return await self._stages.of(pin).uploaded(media)
+                medium = await stages.uploaded(media)
             case GalleryMedia(gallery, item):
-                return await self._galleries.medium(gallery, item, context.principal)
+                medium = await self._galleries.medium(gallery, item, context.principal)
+        return stages.recall(medium, pin, context)
 
     def _candidates(self, decode: RankDecode, way: Answering, pin: Pin) -> tuple[Candidates, Sequence[str]]:
         """Token ids and texts of the answers to choose from."""

@@ -26,7 +26,7 @@ from service.lifecycle.writing import write_probed_package
 from service.media import Preprocessing, SpectrogramPreprocessing, decode_image, decode_sound, decode_video
 from service.metrics import Metrics
 from service.pipelines.answering import UNSEEN
-from service.pipelines.features import Features
+from service.pipelines.features import FeatureCache, Features
 from service.pipelines.galleries import BuildOptions
 from service.types import (
     AdapterInfo,
@@ -279,7 +279,7 @@ def test_without_an_adapter_a_language_model_says_that_it_saw_nothing(both: Both
 def test_a_request_is_admitted_for_what_its_jobs_cost(
     both: Both, monkeypatch: pytest.MonkeyPatch, name: str, decode: Any
 ) -> None:
-    """A question weighs in every row that is run behind it, a soft prompt too."""
+    """A question weighs in every row that is run behind it, a soft prompt too; what was perceived weighs nothing."""
     runtime = both.service.runtime
     admitted, run, permit, submit = [], [], runtime.admission.permit, runtime.engine.submit
 
@@ -293,14 +293,13 @@ def test_a_request_is_admitted_for_what_its_jobs_cost(
 
     monkeypatch.setattr(runtime.admission, "permit", noted)
     monkeypatch.setattr(runtime.engine, "submit", counted)
-    stages = runtime.stages.on("opt" if name in ADAPTERS else "blip")
-    monkeypatch.setattr(stages, "_features", Features(0, Metrics(), "none"))
-    both.answer(name, decode)
-    both.answer(name, decode, question="what colour is the big red circle at the left?")
+    runtime.stages.on("opt" if name in ADAPTERS else "blip")._features._cache = FeatureCache(1 << 20)
+    for question in (QUESTION, QUESTION, "what colour is the big red circle at the left?"):
+        both.answer(name, decode, question)
     assert len(run) == 4
-    assert admitted == pytest.approx([sum(run[:2]), sum(run[2:])])
+    assert admitted == pytest.approx([sum(run[:2]), run[2], run[3]])
     if isinstance(decode, RankDecode):
-        assert admitted[1] > admitted[0]
+        assert admitted[2] > admitted[1]
 
 
 # --- both at once --------------------------------------------------------------------------------------------

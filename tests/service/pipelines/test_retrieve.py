@@ -260,8 +260,17 @@ def test_a_second_match_finds_the_states_it_needs_in_the_cache(service: Service)
     [MediaBytes("image", picture(105)), MediaBytes("video", make_clip(num_frames=13, size=(32, 32)))],
     ids=["picture", "clip"],
 )
-def test_searches_with_one_medium_look_at_it_once(service: Service, media: MediaBytes) -> None:
-    runtime = service.runtime
+def test_searches_with_one_medium_look_at_it_once(
+    service: Service, media: MediaBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, admitted = service.runtime, []
+    permit = runtime.admission.permit
+
+    def noted(cost: float) -> Any:
+        admitted.append(cost)
+        return permit(cost)
+
+    monkeypatch.setattr(runtime.admission, "permit", noted)
     queries = [wanted("clips", media, k=3), wanted("texts", media, k=3, rerank="match"), wanted("weighted", media, k=2)]
 
     def num_looked() -> float:
@@ -274,7 +283,10 @@ def test_searches_with_one_medium_look_at_it_once(service: Service, media: Media
     answers = service.call(at_once())
     assert num_looked() == before + 1
     assert answers[:3] == answers[3:6] == answers[6:]
+    plain = admitted[0]
+    assert plain > 0 and admitted.count(plain) == 6  # nobody had seen it when they came
     assert search(service, queries[0]).hits == answers[0].hits
+    assert admitted[-1] == 0.0
 
 
 def test_many_candidates_are_matched_in_parts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

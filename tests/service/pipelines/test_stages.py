@@ -361,11 +361,39 @@ def test_nothing_is_kept_or_shared_for_who_is_alone_or_where_it_is_off(
             for one in (medium, known):
                 looks = [stages.see(one, pin, context(alone=alone)) for _ in range(2)]
                 await asyncio.gather(*looks)
+                assert stages.recall(one, pin, context(alone=alone)).kept is None
 
     service.call(story())
     assert watch.num_looks == (4, 4)
     assert stages._features._cache.num_bytes == 0
     assert lookups(stages) == {}
+
+
+def test_what_was_recalled_is_had_whatever_makes_room_meanwhile(service: Service, watch: Watch) -> None:
+    """So a request that was admitted as one that need not look does not look."""
+    one_picture = 5 * 16 * 4 + 8 * 4  # [1, 5, 16] and [1, 8], float32
+    stages = blip(service, one_picture)
+
+    async def story() -> None:
+        async with (
+            service.runtime.loader.pin("find", LOCAL) as pin,
+            service.runtime.loader.pin("heads", LOCAL) as other,
+        ):
+            medium, another = [await stages.uploaded(MediaBytes("image", picture(n))) for n in (3, 4)]
+            assert stages.recall(medium, pin, context()).kept is None
+            seen = await stages.see(medium, pin, context())
+            assert seen.num_bytes == one_picture
+            recalled = stages.recall(medium, pin, context())
+            assert stages.cost_of_seeing(medium, pin) > stages.cost_of_seeing(recalled, pin) == 0.0
+            await stages.see(another, pin, context())
+            assert stages.recall(medium, pin, context()).kept is None
+            assert await stages.see(recalled, pin, context()) is seen
+            assert watch.num_looks == (2, 2)
+            assert await stages.see(recalled, other, context()) is not seen  # not another adapter's
+            assert await stages.see(medium, pin, context()) is not seen
+
+    service.call(story())
+    assert watch.num_looks == (4, 4)
 
 
 def test_what_is_kept_owns_its_memory_and_is_counted_whole(service: Service) -> None:

@@ -314,6 +314,28 @@ def test_what_is_kept_is_not_changed_by_those_who_use_it(service: Service, colle
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
 
 
+def test_who_asks_about_what_was_seen_is_admitted_for_the_answer_alone(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, admitted = service.runtime.admission, []
+    permit = door.permit
+
+    def noted(cost: float) -> Any:
+        admitted.append(cost)
+        return permit(cost)
+
+    monkeypatch.setattr(door, "permit", noted)
+    query = asked(media=MediaBytes("image", picture(103)))
+    for _ in range(2):
+        answer(service, query)
+    assert 0 < admitted[1] < admitted[0]
+    stranger = asked(media=MediaBytes("image", picture(104)))
+    with door.permit(door.flops * door.max_queue_seconds - (admitted[0] + admitted[1]) / 2):
+        with pytest.raises(Overloaded):
+            service.call(service.runtime.vqa.answer(stranger, context()))
+        service.call(service.runtime.vqa.answer(query, context()))
+
+
 def test_failures_stay_with_their_own_request(service: Service) -> None:
     """Good, broken, unknown, late and abandoned requests at once: each gets what it would get alone."""
     good = [asked(adapter=name) for name in ("ask", "tell", "look")]
