@@ -285,7 +285,7 @@ def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> di
     digests = [make_package(package, backbone, arguments.seed + n) for n, package in enumerate(packages)]
     assert len(set(digests)) == len(digests), "two packages are the same"
     drawn = pictures()
-    settings = Settings(backbone=arguments.backbone, threads=1, media_workers=1)
+    settings = Settings(backbone=arguments.backbone, threads=1, media_workers=1, feature_cache_mib=0)
 
     alone = settings.model_copy(update={"home": folder / "alone"})
     expected = scores_alone(alone, packages, digests, drawn)
@@ -296,6 +296,7 @@ def measure(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> di
         backbone=arguments.backbone,
         threads=1,
         media_workers=1,
+        feature_cache_mib=0,  # there are few pictures, and each question about one shall be work
         registry_url=f"{arguments.redis}?namespace={namespace}",
         artifacts_url=str(folder / "artifacts"),
     )

@@ -4,7 +4,8 @@
 
 What the environment may say (nothing has to be said):
 
-    LOADTEST_MEDIA       folder of pictures and clips to send; without it, pictures are drawn, each one different
+    LOADTEST_MEDIA       folder of pictures and clips to send, again and again (which measures the feature cache too, unless the server
+                         runs with BANK_FEATURE_CACHE_MIB=0); without it, pictures are drawn, each one different
     LOADTEST_POPULARITY  identical, uniform, zipf (default) or distinct: which adapters are asked for
     LOADTEST_ZIPF_S      exponent of zipf, default 1.0
     LOADTEST_RATE        requests a second of each user; without it a user sends the next one as soon as it has an answer
