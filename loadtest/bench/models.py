@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.config import AdapterConfig, BackboneRef, Preprocessing
 from adapters.families.base import BlipDims, SlotView
@@ -47,20 +47,37 @@ def make_blip(config: BlipConfig, device: torch.device, dtype: torch.dtype) -> B
     return model
 
 
-def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
-    """`count` different UniAdapters of a rank in the slots of a bank."""
-    config, family = model.config, UniAdapter()
+def adapter_config(config: BlipConfig, rank: int) -> AdapterConfig:
+    """The config of a UniAdapter of a rank."""
     vision = config.vision
-    dims = BlipDims(vision.width, vision.layers, config.embed_dim or 1)
-    adapter = AdapterConfig(
+    return AdapterConfig(
         family="uniadapter",
         task="vqa",
         rank=rank,
         backbone=BackboneRef(architecture="blip", width=vision.width, layers=vision.layers, parts={}),
         preprocessing=Preprocessing(resolution=vision.grid * vision.patch),
     )
+
+
+def adapter_dims(config: BlipConfig) -> BlipDims:
+    """The sizes it must fit."""
+    return BlipDims(config.vision.width, config.vision.layers, config.embed_dim or 1)
+
+
+def fold_adapters(config: BlipConfig, rank: int, count: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The folded tensors of `count` different UniAdapters, on the host."""
+    family, adapter, dims = UniAdapter(), adapter_config(config, rank), adapter_dims(config)
+    folded = []
+    for seed in range(count):
+        tensors = init_tensors(adapter, dims, torch.Generator().manual_seed(seed))
+        folded.append({name: tensor.to(dtype) for name, tensor in family.fold(adapter, tensors, dims).items()})
+    return folded
+
+
+def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
+    """`count` different UniAdapters of a rank in the slots of a bank."""
     bank = AdapterBank(
-        dims,
+        adapter_dims(model.config),
         {},
         device=model.device,
         dtype=model.dtype,
@@ -69,9 +86,8 @@ def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
         metrics=Metrics(),
     )
     views = []
-    for seed in range(count):
-        tensors = init_tensors(adapter, dims, torch.Generator().manual_seed(seed))
-        folded = {name: tensor.to(model.dtype) for name, tensor in family.fold(adapter, tensors, dims).items()}
-        bank.put(bank.lay_out(HostAdapter(str(seed), adapter, family, rank, folded)))
-        views.append(bank.lease(str(seed)).view)
+    for number, folded in enumerate(fold_adapters(model.config, rank, count, model.dtype)):
+        adapter = HostAdapter(str(number), adapter_config(model.config, rank), UniAdapter(), rank, folded)
+        bank.put(bank.lay_out(adapter))
+        views.append(bank.lease(adapter.digest).view)
     return views

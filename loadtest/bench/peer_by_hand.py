@@ -8,7 +8,7 @@ since a ReLU stands between its matrices, so nothing is gained by trying.
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from adapters.families.base import Adaptation, SlotView, UniformAdaptation, adapt_rows
+from adapters.families.uniadapter import UniAdapter
 from loadtest.bench.harness import Bench, Table, take_turns
-from loadtest.bench.models import make_blip, make_slots
+from loadtest.bench.models import fold_adapters, make_blip, make_slots
 from loadtest.bench.stages import make_stage, num_bytes
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig
@@ -35,11 +36,10 @@ MIB, GIB = 2.0**20, 2.0**30
 class OneAdapter:
     """A model's only adapter on the device, and all adapters on the host."""
 
-    def __init__(self, slots: Sequence[SlotView], device: torch.device) -> None:
-        self._family = slots[0].family
-        self._loaded = {name: torch.empty_like(tensor) for name, tensor in slots[0].tensors.items()}
-        self._host = [{name: _on_host(tensor, device) for name, tensor in slot.tensors.items()} for slot in slots]
-        self.adaptation = UniformAdaptation(SlotView(self._family, self._loaded))
+    def __init__(self, adapters: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+        self._loaded = {name: tensor.to(device, copy=True) for name, tensor in adapters[0].items()}
+        self._host = [{name: _on_host(tensor, device) for name, tensor in own.items()} for own in adapters]
+        self.adaptation = UniformAdaptation(SlotView(UniAdapter(), self._loaded))
 
     def load(self, number: int) -> UniformAdaptation:
         """Put an adapter in the other one's place."""
@@ -49,7 +49,7 @@ class OneAdapter:
 
 
 def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.cpu().pin_memory() if device.type == "cuda" else tensor.clone()
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def mixed(forward: Forward, adaptation: Adaptation, steps: int) -> None:
@@ -72,9 +72,10 @@ def compare_swaps(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[s
     model = make_blip(config, bench.device, bench.dtype)
     tables, values = [], {}
     for rank in arguments.ranks:
-        slots = make_slots(config, rank, arguments.adapters, bench.device, bench.dtype)
+        slots = make_slots(model, rank, arguments.adapters)
+        adapters = fold_adapters(config, rank, arguments.adapters, bench.dtype)
         for name in (*(("vision",) if arguments.vision else ()), "text", "decode"):
-            ways, work = swap_ways(bench, model, slots, name)
+            ways, work = swap_ways(bench, model, slots, OneAdapter(adapters, bench.device), name)
             seconds = take_turns(ways, arguments.repeats, bench.device)
             title = f"{name}, {len(slots)} requests with {len(slots)} adapters, {work}, r={rank}, {arguments.dtype}"
             table = Table(title, ("", "ms", "lowest", "highest", "requests/s", "of ours"))
@@ -87,16 +88,15 @@ def compare_swaps(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[s
 
 
 def swap_ways(
-    bench: Bench, model: Blip, slots: Sequence[SlotView], stage: str
+    bench: Bench, model: Blip, slots: Sequence[SlotView], one: OneAdapter, stage: str
 ) -> tuple[dict[str, Callable[[], object]], str]:
     """The ways through a stage, and what they do in words."""
     count, resolution = len(slots), model.config.vision.grid * model.config.vision.patch
     with torch.inference_mode():
         batch, single = (make_stage(stage, model, rows, resolution) for rows in (count, 1))
     steps = WRITTEN_TOKENS if stage == "decode" else 1
-    one = OneAdapter(slots, bench.device)
     ways: dict[str, Callable[[], object]] = {
-        MIXED: partial(mixed, batch.forward, adapt_rows(slots, range(count), bench.device), steps),
+        MIXED: partial(mixed, batch.forward, adapt_rows(slots, range(count)), steps),
         "one after the other, weights swapped": partial(in_turn, single.forward, one, count, steps, copies=True),
         "one after the other, nothing copied": partial(in_turn, single.forward, one, count, steps, copies=False),
     }
@@ -109,7 +109,8 @@ def compare_copies(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[
     model, resident = measure(partial(make_blip, config, device, dtype), device)
     measured = {"one BLIP": (num_bytes(model), resident)}
     for rank in MEMORY_RANKS[bench.arguments.size]:
-        (made,) = make_slots(config, rank, 1, device, dtype)
+        (made,) = fold_adapters(config, rank, 1, dtype)
+        made = {name: tensor.to(device) for name, tensor in made.items()}
         copies, resident = measure(partial(copy_slots, made, bench.arguments.adapters), device)
         size = sum(tensor.numel() * tensor.element_size() for tensor in copies[0].values())
         measured[f"one UniAdapter, r={rank}"] = (size, resident / len(copies))
@@ -129,9 +130,9 @@ def compare_copies(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[
     return [sizes, totals], values
 
 
-def copy_slots(slot: SlotView, count: int) -> list[dict[str, Tensor]]:
+def copy_slots(folded: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """As many copies of an adapter's tensors."""
-    return [{name: tensor.clone() for name, tensor in slot.tensors.items()} for _ in range(count)]
+    return [{name: tensor.clone() for name, tensor in folded.items()} for _ in range(count)]
 
 
 def measure(make: Callable[[], T], device: torch.device) -> tuple[T, float]:

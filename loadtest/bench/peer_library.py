@@ -317,6 +317,7 @@ def compare(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[str, An
     answers.rows = [(kind, *(values["answers"][name][kind] for name in shapes)) for kind in (*KINDS, DIFFERENT)]
     library.to(bench.dtype)
     ours.to(bench.dtype)
+    ours.pack()
     tables = [answers]
     for name, pictures in shapes.items():
         batch = make_questions(config, ids, arguments.batch, pictures, bench.device, 0).to(bench.dtype)

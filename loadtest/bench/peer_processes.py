@@ -6,6 +6,7 @@ adapter of a peer has as many parameters as our stage reads of a UniAdapter of t
 """
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -19,8 +20,9 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from adapters.families.base import SlotView, adapt_rows
+from adapters.families.uniadapter import UniAdapter
 from loadtest.bench.harness import ROOT, Bench, Spread, Table, synchronize
-from loadtest.bench.models import make_blip, make_slots
+from loadtest.bench.models import adapter_dims, make_blip, make_slots
 from loadtest.bench.stages import TEXT_LENGTH, Stage, make_stage
 from service.backbone.config import BlipConfig
 
@@ -99,8 +101,8 @@ def compare(bench: Bench, config: BlipConfig, name: str) -> tuple[list[Table], d
         with torch.inference_mode():
             stage = make_stage(stage_name, model, arguments.adapters, config.vision.grid * config.vision.patch)
         for rank in arguments.ranks:
-            slots = make_slots(config, rank, arguments.adapters, bench.device, bench.dtype)
-            parameters = read_parameters(slots[0], stage_name)
+            slots = make_slots(model, rank, arguments.adapters)
+            parameters = read_parameters(config, rank, stage_name)
             with start_peer(python, SCRIPTS / kind.script, peer_words(bench, config, stage_name, parameters)) as peer:
                 seconds = take_turns_with(peer, our_ways(stage, slots, bench.device), arguments.repeats)
             title = f"{kind.title}: {stage_name}, batch {arguments.adapters}, r={rank}, {arguments.dtype}; in turns, two processes"
@@ -111,9 +113,10 @@ def compare(bench: Bench, config: BlipConfig, name: str) -> tuple[list[Table], d
     return tables, values
 
 
-def read_parameters(slot: SlotView, stage: str) -> int:
+def read_parameters(config: BlipConfig, rank: int, stage: str) -> int:
     """How many numbers of a UniAdapter the stage reads."""
-    return sum(slot.tensors[f"{name}.{part}"].numel() for name in READ_TENSORS[stage] for part in ("weight", "bias"))
+    shapes = UniAdapter().slot_shapes(adapter_dims(config), rank)
+    return sum(math.prod(shapes[f"{name}.{part}"]) for name in READ_TENSORS[stage] for part in ("weight", "bias"))
 
 
 def peer_words(bench: Bench, config: BlipConfig, stage: str, parameters: int) -> list[str]:
@@ -143,7 +146,7 @@ def peer_words(bench: Bench, config: BlipConfig, stage: str, parameters: int) ->
 
 def our_ways(stage: Stage, slots: Sequence[SlotView], device: torch.device) -> dict[str, Callable[[], float]]:
     """The same ways through our stage; each gives the seconds it took."""
-    one, many = adapt_rows(slots, [0] * len(slots), device), adapt_rows(slots, range(len(slots)), device)
+    one, many = adapt_rows(slots, [0] * len(slots)), adapt_rows(slots, range(len(slots)))
     adaptations = {"frozen": None, "one": one, "mixed": many}
     return {way: partial(timed, partial(stage.forward, adaptations[way]), device) for way in WAYS}
 

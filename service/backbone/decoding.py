@@ -115,9 +115,20 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of each row, descending; of equals the lower index first."""
-    best, index = scores.sort(dim=-1, descending=True, stable=True)
-    return best[:, :count], index[:, :count]
+    """The `count` best of each row, descending; of equals the lower index first.
+
+    `topk` promises no order among equals, and sorting all of a vocabulary takes longer than a decoding step: so the least that
+    is among the best is found first, and what is at least that is sorted.
+    """
+    least = scores.topk(count).values[:, -1:]
+    rows, columns = (scores >= least).nonzero(as_tuple=True)  # by rows, then by index
+    best: list[Tensor] = []
+    index: list[Tensor] = []
+    for own in columns.split(rows.bincount(minlength=len(scores)).tolist()):
+        values, order = scores[len(best), own].sort(descending=True, stable=True)
+        best.append(values[:count])
+        index.append(own[order[:count]])
+    return torch.stack(best), torch.stack(index)
 
 
 def _advance(

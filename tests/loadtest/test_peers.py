@@ -12,7 +12,7 @@ import torch
 from adapters.families.base import adapt_rows
 from loadtest.bench import peer_by_hand, peer_library, peer_processes, peers
 from loadtest.bench.harness import ROOT
-from loadtest.bench.models import BLIP_SIZES, make_blip, make_slots
+from loadtest.bench.models import BLIP_SIZES, fold_adapters, make_blip, make_slots
 from loadtest.bench.peer_by_hand import OneAdapter
 from loadtest.bench.peer_library import LIBRARY_RULES, OUR_RULES, Rules, explain
 from loadtest.bench.stages import make_stage
@@ -77,9 +77,10 @@ def test_a_difference_is_explained_only_where_both_sides_follow_from_their_rules
 
 
 def test_swapped_weights_answer_as_a_mixed_batch_does(capsys: pytest.CaptureFixture[str]) -> None:
-    model, slots = make_blip(TINY, CPU, torch.float32), make_slots(TINY, 8, 3, CPU, torch.float32)
-    stage = make_stage("text", model, 3, 64)
-    mixed, one = stage.forward(adapt_rows(slots, range(3), CPU)), OneAdapter(slots, CPU)
+    model = make_blip(TINY, CPU, torch.float32)
+    stage, slots = make_stage("text", model, 3, 64), make_slots(model, 8, 3)
+    one = OneAdapter(fold_adapters(TINY, 8, 3, torch.float32), CPU)
+    mixed = stage.forward(adapt_rows(slots, range(3)))
     for number in (2, 0, 1):
         torch.testing.assert_close(stage.forward(one.load(number))[number], mixed[number], rtol=1e-5, atol=1e-5)
     swaps = run(["--compare", "swaps", "--adapters", "3", "--ranks", "8,16", "--vision"], capsys)["swaps"]
@@ -91,7 +92,7 @@ def test_bytes_of_copies_are_those_of_the_tensors(capsys: pytest.CaptureFixture[
     peers.main(["--compare", "copies"])
     told = capsys.readouterr().out.splitlines()
     copies = json.loads(told[-1])["copies"]
-    weights = sum(parameter.numel() * 4 for parameter in make_blip(TINY, CPU, torch.float32).parameters())
+    weights = sum(tensor.numel() * 4 for tensor in make_blip(TINY, CPU, torch.float32).state_dict().values())
     assert copies["one BLIP"]["weights_bytes"] == weights
     assert list(copies) == ["one BLIP", *(f"one UniAdapter, r={rank}" for rank in (8, 16, 64))]
     (row,) = [line for line in told if line.startswith("a BLIP for each")]
