@@ -250,6 +250,9 @@ class SlotView:
         return self.family.inject(torch.stack(list(features)), self.slot, self.schedule), self.schedule
 
 
+NO_ADAPTER = SlotView(None, {})
+
+
 @dataclass(frozen=True)
 class UniformAdaptation:
     """One slot for every row, however many: training, and batches of a single adapter."""
@@ -400,6 +403,42 @@ def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], kernels: K
     if len(set(slot_of_row)) == 1:
         return UniformAdaptation(slots[slot_of_row[0]])
     return GroupedAdaptation(slots, tuple(slot_of_row), kernels)
+
+
+def join_adaptations(
+    first: Adaptation | None, num_first: int, second: Adaptation | None, num_second: int
+) -> Adaptation | None:
+    """The adaptation of a batch's rows with another's behind them."""
+    if first is None and second is None:
+        return None
+    views: list[SlotView] = []
+    rows: list[int] = []
+    kernels = DEFAULT_KERNELS
+    for adaptation, num_rows in ((first, num_first), (second, num_second)):
+        own, of_row = _slots_of(adaptation, num_rows)
+        rows += [_place(views, own[slot]) for slot in of_row]
+        kernels = adaptation.kernels if isinstance(adaptation, GroupedAdaptation) else kernels
+    return adapt_rows(views, rows, kernels)
+
+
+def _slots_of(adaptation: Adaptation | None, num_rows: int) -> tuple[Sequence[SlotView], Sequence[int]]:
+    match adaptation:
+        case None:
+            return [NO_ADAPTER], [0] * num_rows
+        case UniformAdaptation(view):
+            return [view], [0] * num_rows
+        case GroupedAdaptation(slots, slot_of_row):
+            return slots, slot_of_row
+    raise AssertionError("an adaptation that knows no slots was joined. This is a bug.")
+
+
+def _place(views: list[SlotView], view: SlotView) -> int:
+    """Where a view is in the list, which it is added to if need be. A slot has one view while it is leased."""
+    for place, known in enumerate(views):
+        if known is view:
+            return place
+    views.append(view)
+    return len(views) - 1
 
 
 def columns_of(tensors: SlotTensors, name: str, default: int) -> int:

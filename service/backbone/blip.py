@@ -17,6 +17,7 @@ from torch.nn import functional
 from adapters.families.base import Adaptation, Site, Stack
 from service.backbone.config import BlipConfig, TextConfig
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
+from service.backbone.rows import join_padded
 from service.backbone.vit import Mlp, SelfAttention, VisionTower, merge_heads, split_heads
 
 
@@ -68,14 +69,33 @@ class Memory:
         """The memories of these rows, in this order."""
         return Memory([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
+    def join(self, other: "Memory") -> "Memory":
+        """These memories, and another's behind them."""
+        length = max(self.mask.shape[-1], other.mask.shape[-1])
+        pairs = (zip(self.keys, other.keys, strict=True), zip(self.values, other.values, strict=True))
+        keys, values = ([join_padded(a, b, 2, length) for a, b in own] for own in pairs)
+        return Memory(keys, values, join_padded(self.mask, other.mask, 3, length))
+
 
 @dataclass
 class Cache:
-    """Self-attention keys and values [B, H, capacity, d] per layer, of which the first `length` are filled."""
+    """Self-attention keys and values [B, H, capacity, d] per layer, of which the first `length` places are filled.
+
+    seen       [B, capacity] where a row has written; rows that came in later have places of others' before them
+    positions  [B] of each row's next token
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    seen: Tensor
+    positions: Tensor
     length: int = 0
+    is_even: bool = True  # every row has written to every place so far
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """[B, 1, 1, length + tokens] True where a row that appends so many tokens looks; None: everywhere."""
+        self.seen[:, self.length : self.length + tokens] = True
+        return None if self.is_even else self.seen[:, None, None, : self.length + tokens]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's keys and values behind the filled part; return all so far. `advance` ends the step."""
@@ -87,11 +107,38 @@ class Cache:
     def advance(self, tokens: int) -> None:
         """End a step that appended so many tokens to every layer."""
         self.length += tokens
+        self.positions = self.positions + tokens
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order (beams that continue others)."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
+        self.seen, self.positions = self.seen[rows], self.positions[rows]
+
+    def join(self, other: "Cache") -> None:
+        """Take another's rows behind one's own. Places that nobody has written to are given up."""
+        for cache in (self, other):
+            cache._close_up()
+        length = max(self.length, other.length)
+        capacity = length + max(cache.seen.shape[1] - cache.length for cache in (self, other))
+        self.is_even = self.is_even and other.is_even and self.length == other.length
+        self.keys = [join_padded(a, b, 2, capacity) for a, b in zip(self.keys, other.keys, strict=True)]
+        self.values = [join_padded(a, b, 2, capacity) for a, b in zip(self.values, other.values, strict=True)]
+        self.seen = join_padded(self.seen, other.seen, 1, capacity)
+        self.positions = torch.cat([self.positions, other.positions])
+        self.length = length
+
+    def _close_up(self) -> None:
+        """Give up the filled places that no row here has written to."""
+        used = self.seen.any(dim=0)
+        used[self.length :] = True
+        if bool(used.all()):
+            return
+        places = used.nonzero()[:, 0]
+        self.length -= self.seen.shape[1] - len(places)
+        self.keys = [k.index_select(2, places) for k in self.keys]
+        self.values = [v.index_select(2, places) for v in self.values]
+        self.seen = self.seen[:, places]
 
 
 class TextLayer(nn.Module):
@@ -137,10 +184,12 @@ class TextEmbeddings(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """[B, L, D] of ids [B, L] whose first token stands at position `start`."""
-        positions = self.position.weight[start : start + ids.shape[1]]
-        return self.norm(self.word(ids) + positions)  # type: ignore[no-any-return]
+    def forward(self, ids: Tensor, start: Tensor | None = None) -> Tensor:
+        """[B, L, D] of ids [B, L] whose first tokens stand at positions `start` [B]; None: at 0."""
+        if start is None:
+            return self.norm(self.word(ids) + self.position.weight[: ids.shape[1]])  # type: ignore[no-any-return]
+        positions = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        return self.norm(self.word(ids) + self.position(positions))  # type: ignore[no-any-return]
 
 
 class TextStack(nn.Module):
@@ -173,7 +222,7 @@ class TextStack(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] of ids [B, L]; `mask` broadcasts to [B, 1, L, K], True where a key is seen."""
-        h = self.embeddings(ids, cache.length if cache is not None else 0)
+        h = self.embeddings(ids, None if cache is None else cache.positions)
         for layer in self.layers:
             h = layer(h, mask, adaptation, memory, cache)
         if cache is not None:
@@ -185,7 +234,9 @@ class TextStack(nn.Module):
         weight = self.embeddings.word.weight
         shape = (rows, self.config.heads, capacity, self.config.width // self.config.heads)
         keys = [weight.new_zeros(shape) for _ in self.layers]
-        return Cache(keys, [torch.zeros_like(k) for k in keys])
+        seen = torch.zeros(rows, capacity, dtype=torch.bool, device=weight.device)
+        positions = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        return Cache(keys, [torch.zeros_like(k) for k in keys], seen, positions)
 
     def text_layers(self) -> Iterator[TextLayer]:
         """The layers, in order."""
@@ -222,7 +273,7 @@ class Decoder(nn.Module):
 
     def step(self, ids: Tensor, cache: Cache, memory: Memory, adaptation: Adaptation | None) -> Tensor:
         """Next-word logits [B, V] after appending one token per row, ids [B], to the cache."""
-        h = self.body(ids[:, None], None, adaptation, memory, cache)
+        h = self.body(ids[:, None], cache.mask(1), adaptation, memory, cache)
         return self.logits(h[:, -1])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapters.families.base import Adaptation
+from adapters.families.base import Adaptation, join_adaptations
 from adapters.training.losses import shifted_nll
 from service.backbone.blip import Blip, Decoder, Memory
 from service.backbone.decoding import KeepGoing, Start, generate, pad_ids, shortlist
@@ -28,8 +28,9 @@ class BlipSteps:
         """`memory` and `adaptation` have a row per question."""
         self._decoder = _decoder(model)
         self._memory = memory
+        self._of_text = adaptation
         self._adaptation = adaptation
-        self._num_rows = num_questions
+        self._num_texts, self._rows_per_text = num_questions, 1
         self._cache = self._decoder.body.new_cache(num_questions, max_length)
         start = torch.full((num_questions,), model.config.special_ids.bos, dtype=torch.long, device=model.device)
         self._logits = self.step(start)
@@ -43,12 +44,34 @@ class BlipSteps:
         self._logits = self._decoder.step(ids, self._cache, self._memory, self._adaptation)
         return self._logits
 
-    def select(self, rows: Tensor) -> None:
-        """See Steps. The memory's rows are shared by all successors of a question."""
+    def select(self, rows: Tensor, rows_per_text: int) -> None:
+        """See Steps. A text's rows share its row of the memory."""
         self._cache.select(rows)
-        if len(rows) != self._num_rows and self._adaptation is not None:
-            self._adaptation = self._adaptation.expand(rows)
-        self._num_rows = len(rows)
+        texts = rows[::rows_per_text] // self._rows_per_text
+        is_same = len(texts) == self._num_texts and bool((texts[1:] == texts[:-1] + 1).all())
+        if not is_same:
+            self._memory = self._memory.select(texts)
+            self._of_text = None if self._of_text is None else self._of_text.expand(texts)
+        if not is_same or rows_per_text != self._rows_per_text:
+            self._num_texts, self._rows_per_text = len(texts), rows_per_text
+            self._adapt_rows()
+
+    def _adapt_rows(self) -> None:
+        if self._of_text is not None:
+            texts = torch.arange(self._num_texts).repeat_interleave(self._rows_per_text)
+            self._adaptation = self._of_text.expand(texts)
+
+    def can_join(self, other: "BlipSteps") -> bool:
+        """See Steps."""
+        return other._decoder is self._decoder
+
+    def join(self, other: "BlipSteps") -> None:
+        """See Steps."""
+        self._cache.join(other._cache)
+        self._memory = self._memory.join(other._memory)
+        self._of_text = join_adaptations(self._of_text, self._num_texts, other._of_text, other._num_texts)
+        self._num_texts += other._num_texts
+        self._adapt_rows()
 
 
 def beam_search(

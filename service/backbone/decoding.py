@@ -8,7 +8,7 @@ different searches never influence each other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,14 @@ class Steps(Protocol):
     def step(self, ids: Tensor) -> Tensor:
         """Append a token to every row, ids [R]; logits [R, V] of what follows."""
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order. Each row's successors stay together, and with what it reads."""
+    def select(self, rows: Tensor, rows_per_text: int) -> None:
+        """Keep these rows, in this order: blocks of so many rows, which are of one text each."""
+
+    def can_join(self, other: Any) -> bool:
+        """Whether another's rows may be taken in."""
+
+    def join(self, other: Any) -> None:
+        """Take another's rows behind one's own, with as many rows a text. The other is of no use then."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,114 @@ class Beams:
             self.is_done = True
 
 
+@dataclass
+class Search:
+    """One text's search: its beams, or with one beam the greedy text.
+
+    `chosen` are the beams that go on, each as (running sum, the beam it continues, its new word).
+    """
+
+    start: Start
+    state: Beams
+    beams: list[tuple[int, ...]]
+    totals: list[float]
+    chosen: list[tuple[float, int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, start: Start, num_beams: int) -> "Search":
+        """Before its first word."""
+        return cls(start, Beams(num_beams), [start.ids] * num_beams, [0.0] + [UNSTARTED] * (num_beams - 1))
+
+    def take(self, best: list[float], flat: list[int], vocabulary: int, end: int) -> None:
+        """Go on with the best continuations [2 * beams + 1]: running sums, and beam * vocabulary + word."""
+        state, length = self.state, len(self.beams[0])
+        if state.num_beams == 1:  # greedy: the best word, whatever it is
+            state.gap = min(state.gap, best[0] - best[1])
+            self.chosen = [(best[0], *divmod(flat[0], vocabulary))]
+            state.is_done = self.chosen[0][2] == end
+        else:
+            self.chosen = _advance(state, self.beams, best, flat, vocabulary, end)
+            state.check_done(best[0], length)
+        self.beams = [(*self.beams[beam], word) for _, beam, word in self.chosen]
+        self.totals = [total for total, _, _ in self.chosen]
+        state.is_full = length + 1 >= self.start.max_length
+
+    def finish(self, end: int) -> GenerateOutput:
+        """What it found, ended where it is."""
+        if self.state.num_beams > 1:
+            return _finish(self.state, self.beams, self.totals, self.start.max_length, end)
+        (text,), (total,) = self.beams, self.totals
+        return GenerateOutput((Hypothesis(text, total / (len(text) - (text[-1] == end))),), self.state.gap)
+
+
+class Writing:
+    """Texts that are written together, a word of each at a time. They may come in and end at any word.
+
+    A round is `choose`, which picks every text's next words and tells which texts ended, then `step`, which writes them.
+    Between rounds others may `join`.
+    """
+
+    def __init__(self, steps: Steps, starts: Sequence[Start], *, num_beams: int, end: int) -> None:
+        """`steps` has a row for each start. With one beam the search is greedy."""
+        self.num_beams = num_beams
+        self._end = end
+        self._steps = steps
+        self._searches = [Search.of(start, num_beams) for start in starts]
+        self._log_probs = _log_probs(steps.logits())
+        if num_beams > 1:
+            each = torch.arange(len(starts), device=self._log_probs.device)
+            steps.select(each.repeat_interleave(num_beams), num_beams)
+            self._log_probs = self._log_probs.repeat_interleave(num_beams, dim=0)
+
+    def __len__(self) -> int:
+        return len(self._searches)
+
+    def choose(self) -> list[tuple[int, GenerateOutput]]:
+        """Pick every text's next words. Those that ended by it, by their place before, are let go with what they found."""
+        num_beams, vocabulary = self.num_beams, self._log_probs.shape[-1]
+        totals = torch.tensor([search.totals for search in self._searches], device=self._log_probs.device)
+        scores = self._log_probs.unflatten(0, (-1, num_beams)) + totals.unsqueeze(-1)  # [texts, beams, V]
+        best, flat = _top(scores.flatten(1), 2 * num_beams + 1)
+        for search, own_best, own_flat in zip(self._searches, best.tolist(), flat.tolist(), strict=True):
+            search.take(own_best, own_flat, vocabulary, self._end)
+        over = [place for place, search in enumerate(self._searches) if search.state.is_over]
+        return self.let_go(over)
+
+    def let_go(self, places: Sequence[int]) -> list[tuple[int, GenerateOutput]]:
+        """End these texts where they are: what each found, by its place. After `choose`, before `step`."""
+        found = [(place, self._searches[place].finish(self._end)) for place in places]
+        left = [place for place in range(len(self)) if place not in set(places)]
+        self._parents = [place * self.num_beams + beam for place in left for _, beam, _ in self._searches[place].chosen]
+        self._searches = [self._searches[place] for place in left]
+        return found
+
+    def step(self) -> None:
+        """Write the words that were chosen."""
+        device = self._log_probs.device
+        if self.num_beams > 1 or len(self._parents) < len(self._log_probs):
+            self._steps.select(torch.tensor(self._parents, device=device), self.num_beams)
+        words = [text[-1] for search in self._searches for text in search.beams]
+        self._log_probs = _log_probs(self._steps.step(torch.tensor(words, device=device)))
+
+    def can_join(self, other: "Writing") -> bool:
+        """Whether another's texts may be written with these."""
+        return other.num_beams == self.num_beams and self._steps.can_join(other._steps)
+
+    def join(self, other: "Writing") -> None:
+        """Take another's texts in, behind one's own. Between rounds; the other is of no use then."""
+        self._steps.join(other._steps)
+        self._searches += other._searches
+        self._log_probs = torch.cat([self._log_probs, other._log_probs])
+
+    def reorder(self, places: Sequence[int]) -> None:
+        """Put the texts in another order. Between rounds."""
+        rows = [place * self.num_beams + beam for place in places for beam in range(self.num_beams)]
+        index = torch.tensor(rows, device=self._log_probs.device)
+        self._steps.select(index, self.num_beams)
+        self._searches = [self._searches[place] for place in places]
+        self._log_probs = self._log_probs[index]
+
+
 def generate(
     steps: Steps, starts: Sequence[Start], *, num_beams: int, end: int, keep_going: KeepGoing = lambda: True
 ) -> list[GenerateOutput]:
@@ -75,43 +189,20 @@ def generate(
     `keep_going` is asked before every step; when it says no, the search ends with what it has. Sequences hold their
     start, at most its `max_length` ids in all, and `end` where it was reached.
     """
-    if num_beams == 1:
-        return _greedy(steps, starts, end=end, keep_going=keep_going)
-    num_searches = len(starts)
-    log_probs = _log_probs(steps.logits())
-    device, vocabulary = steps.logits().device, log_probs.shape[-1]
-    steps.select(torch.arange(num_searches, device=device).repeat_interleave(num_beams))
-    log_probs = log_probs.repeat_interleave(num_beams, dim=0)
-    searches = [Beams(num_beams) for _ in starts]
-    sequences = [[start.ids] * num_beams for start in starts]
-    totals = torch.full((num_searches, num_beams), UNSTARTED, dtype=torch.float32)
-    totals[:, 0] = 0.0
+    writing = Writing(steps, starts, num_beams=num_beams, end=end)
+    numbers, found = list(range(len(starts))), dict[int, GenerateOutput]()
     while True:
-        scores = log_probs.unflatten(0, (num_searches, num_beams)) + totals.unsqueeze(-1)  # [Q, beams, V]
-        best, flat = _top(scores.flatten(1), 2 * num_beams + 1)
-        parents: list[int] = []
-        for number, search in enumerate(searches):
-            beams = sequences[number]
-            if search.is_over:
-                parents += [number * num_beams] * num_beams
-                continue
-            length = len(beams[0])
-            chosen = _advance(search, beams, best[number].tolist(), flat[number].tolist(), vocabulary, end)
-            sequences[number] = [(*beams[beam], token) for _, beam, token in chosen]
-            totals[number] = torch.tensor([total for total, _, _ in chosen])
-            parents += [number * num_beams + beam for _, beam, _ in chosen]
-            search.check_done(float(best[number, 0]), length)
-            search.is_full = length + 1 >= starts[number].max_length
-        if all(search.is_over for search in searches) or not keep_going():
+        found |= {numbers[place]: output for place, output in writing.choose()}
+        numbers = [number for number in numbers if number not in found]
+        if not numbers or not keep_going():
             break
-        steps.select(torch.tensor(parents, device=device))
-        log_probs = _log_probs(steps.step(torch.tensor([b[-1] for own in sequences for b in own], device=device)))
-    found = zip(searches, sequences, totals.tolist(), starts, strict=True)
-    return [_finish(search, beams, own, start.max_length, end) for search, beams, own, start in found]
+        writing.step()
+    found |= {numbers[place]: output for place, output in writing.let_go(range(len(numbers)))}
+    return [found[number] for number in range(len(starts))]
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).cpu()
+    return logits.float().log_softmax(-1)
 
 
 def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -167,31 +258,6 @@ def _finish(
     ]
     gap = min(search.gap, kept[0].score - kept[1].score) if len(kept) > 1 else search.gap
     return GenerateOutput(tuple(kept), gap)
-
-
-def _greedy(steps: Steps, starts: Sequence[Start], *, end: int, keep_going: KeepGoing) -> list[GenerateOutput]:
-    """Argmax each step; a text ends at its end token or `max_length`. Scored like a beam, by its mean log-probability."""
-    logits = steps.logits()
-    sequences = [list(start.ids) for start in starts]
-    totals, gaps, done = [0.0] * len(starts), [float("inf")] * len(starts), [False] * len(starts)
-    while True:
-        best, index = _top(_log_probs(logits), 2)
-        for number, sequence in enumerate(sequences):
-            if done[number]:
-                continue
-            token = int(index[number, 0])
-            sequence.append(token)
-            totals[number] += float(best[number, 0])
-            gaps[number] = min(gaps[number], float(best[number, 0] - best[number, 1]))
-            done[number] = token == end or len(sequence) >= starts[number].max_length
-        if all(done) or not keep_going():
-            break
-        logits = steps.step(torch.tensor([sequence[-1] for sequence in sequences], device=logits.device))
-    outputs = []
-    for sequence, total, gap in zip(sequences, totals, gaps, strict=True):
-        length = len(sequence) - (sequence[-1] == end)
-        outputs.append(GenerateOutput((Hypothesis(tuple(sequence), total / length),), gap))
-    return outputs
 
 
 def pad_ids(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

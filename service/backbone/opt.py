@@ -21,6 +21,7 @@ from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Sched
 from service.backbone.config import LanguageModelConfig, OptConfig
 from service.backbone.encoders import Encoder, make_encoder
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
+from service.backbone.rows import join_padded
 from service.backbone.vit import SelfAttention
 
 FIRST_POSITION = 2  # of OPT's position table, whose first two rows are for padding
@@ -81,6 +82,13 @@ class ExtraToken:
         there = torch.arange(num_layers, device=device)[:, None] >= first
         return cls(injection.values, feature, there, tuple(schedule.tail for schedule in schedules))
 
+    @classmethod
+    def absent(cls, num_rows: int, num_layers: int, like: Tensor) -> Self:
+        """Rows that have none; `like` [.., D] has the width and type of values."""
+        feature = torch.full((num_layers, num_rows), NOTHING, device=like.device)
+        values = like.new_zeros(num_rows, 1, like.shape[-1])
+        return cls(values, feature, torch.zeros_like(feature, dtype=torch.bool), (num_layers,) * num_rows)
+
     @property
     def tail(self) -> int | None:
         """The first layer from where on some row's token goes on by itself; None: no row's ever does."""
@@ -93,6 +101,17 @@ class ExtraToken:
         rows = torch.arange(len(feature), device=feature.device)
         entering = self.values[rows, feature.clamp(min=0)].to(token.dtype)
         return torch.where((feature != NOTHING)[:, None], entering, token)
+
+    def join(self, other: Self) -> Self:
+        """These rows' tokens, and another's behind them."""
+        most = max(self.values.shape[1], other.values.shape[1])
+        return replace(
+            self,
+            values=join_padded(self.values, other.values, 1, most),
+            feature=torch.cat([self.feature, other.feature], dim=1),
+            there=torch.cat([self.there, other.there], dim=1),
+            tails=(*self.tails, *other.tails),
+        )
 
     def select(self, rows: Tensor) -> Self:
         """The tokens of these rows, in this order."""
@@ -254,7 +273,7 @@ class Decoding:
         self._last = x[:, -1]
         return self.logits()
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, rows_per_text: int = 1) -> None:
         """Keep these rows, in this order, some perhaps more than once (beams that continue others)."""
         self._columns = self._columns.select(rows)
         self._lengths, self._last = self._lengths[rows], self._last[rows]
@@ -262,6 +281,50 @@ class Decoding:
         self._values = [v.index_select(0, rows) for v in self._values]
         if self._inputs is not None:
             self._inputs = self._inputs.index_select(0, rows)
+
+    def can_join(self, other: Self) -> bool:
+        """Whether another's rows may be taken in: as much of them is kept."""
+        return other._model is self._model and other._tail == self._tail
+
+    def join(self, other: Self) -> None:
+        """Take another's rows behind one's own. Columns that hold no token of any row are given up."""
+        for own in (self, other):
+            own._close_up()
+        end = max(self._end, other._end)
+        size = end + max(own._columns.seen.shape[1] - own._end for own in (self, other))
+        self._columns = Columns(join_padded(self._columns.seen, other._columns.seen, 1, size), self._join_extra(other))
+        self._keys = [join_padded(a, b, 2, size) for a, b in zip(self._keys, other._keys, strict=True)]
+        self._values = [join_padded(a, b, 2, size) for a, b in zip(self._values, other._values, strict=True)]
+        if self._inputs is not None and other._inputs is not None:
+            self._inputs = join_padded(self._inputs, other._inputs, 1, size)
+        self._lengths, self._last = torch.cat([self._lengths, other._lengths]), torch.cat([self._last, other._last])
+        self._end = end
+
+    def _join_extra(self, other: Self) -> ExtraToken | None:
+        pair = (self._columns.extra, other._columns.extra)
+        if all(extra is None for extra in pair):
+            return None
+        num_layers = self._model.config.layers
+        first, second = (
+            ExtraToken.absent(len(own._lengths), num_layers, own._last) if extra is None else extra
+            for own, extra in zip((self, other), pair, strict=True)
+        )
+        return first.join(second)
+
+    def _close_up(self) -> None:
+        """Give up the columns in use that hold no token of any row."""
+        used = self._columns.seen.any(dim=0)
+        used[EXTRA] = True
+        used[self._end :] = True
+        if bool(used.all()):
+            return
+        columns = used.nonzero()[:, 0]
+        self._end -= len(used) - len(columns)
+        self._columns = replace(self._columns, seen=self._columns.seen[:, columns])
+        self._keys = [k.index_select(2, columns) for k in self._keys]
+        self._values = [v.index_select(2, columns) for v in self._values]
+        if self._inputs is not None:
+            self._inputs = self._inputs.index_select(1, columns)
 
     # --- the texts as they are given ---------------------------------------------------------------------
 

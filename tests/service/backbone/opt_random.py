@@ -96,7 +96,7 @@ class Mixed:
 
     @property
     def adaptation(self) -> Adaptation:
-        return adapt_rows(self.slots, self.slot_of_row, self.model.device)
+        return adapt_rows(self.slots, self.slot_of_row)
 
     @property
     def padded(self) -> tuple[Tensor, Tensor]:

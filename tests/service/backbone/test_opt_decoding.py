@@ -39,7 +39,7 @@ class Whole:
         self.texts = [[*text, token] for text, token in zip(self.texts, ids.tolist(), strict=True)]
         return self.logits()
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, rows_per_text: int = 1) -> None:
         self.texts = [self.texts[row] for row in rows.tolist()]
         self.features = [self.features[row] for row in rows.tolist()]
         self.adaptation = self.adaptation.expand(rows)
