@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -156,6 +156,7 @@ class AdapterBank:
         self.dtype = dtype
         self.buckets = buckets
         self._kernels = kernels
+        self.is_wanted: Callable[[str], bool] = lambda digest: False  # set by the engine, which knows what waits
         self._packed_from = packed_from
         self._heads = dict(heads)
         self._base = SlotView(None, self._heads)
@@ -327,7 +328,10 @@ class AdapterBank:
         return next((slot for slot in self._slots() if slot.digest == digest), None)
 
     def _free_slot(self, adapter: HostAdapter) -> _Slot | None:
-        """An empty slot of the narrowest fitting bucket, of a wider one, or the least recently leased of all those."""
+        """An empty slot of the narrowest fitting bucket, of a wider one, or of all those the least recently leased.
+
+        One whose adapter a waiting job needs is taken last: it would only have to be filled again.
+        """
         fitting = [s for s in self._slots() if s.family == adapter.family.name and s.rank >= adapter.slot_rank]
         if not fitting:
             raise RankTooLarge(
@@ -339,7 +343,7 @@ class AdapterBank:
         if empty:
             return min(empty, key=lambda slot: slot.rank)
         idle = [slot for slot in fitting if slot.num_leases == 0]
-        return min(idle, key=lambda slot: slot.leased_at, default=None)
+        return min(idle, key=lambda slot: (self.is_wanted(slot.digest or ""), slot.leased_at), default=None)
 
     def _fill(self, slot: _Slot, adapter: HostAdapter) -> None:
         start = time.perf_counter()
@@ -448,6 +452,23 @@ class BatchLeases:
         if lease is not None:
             self._leases[digest] = lease
         return lease is not None
+
+    def take(self, other: "BatchLeases") -> None:
+        """Take another's leases over; of an adapter that both have, one is released."""
+        assert other._bank is self._bank or not self._leases, "a batch leases from two banks. This is a bug."
+        self._bank = other._bank
+        leases, other._leases = other._leases, {}
+        for digest, lease in leases.items():
+            if digest in self._leases:
+                lease.release()
+            else:
+                self._leases[digest] = lease
+
+    def keep(self, digests: Iterable[str]) -> None:
+        """Release the leases of all other adapters."""
+        kept = set(digests)
+        for digest in [digest for digest in self._leases if digest not in kept]:
+            self._leases.pop(digest).release()
 
     @property
     def num_adapters(self) -> int:

@@ -66,6 +66,12 @@ class Settings(BaseSettings):
     )
     max_batch_rows: int = Field(default=64, gt=0, description="Rows of a batch: frames, texts, pairs or beams.")
     max_batch_tokens: int = Field(default=32768, gt=0, description="Tokens of a batch's largest forward.")
+    max_batch_wait_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="How long a job may wait for others to share its batch while the device is idle.",
+    )
     max_queue_seconds: float = Field(
         default=20.0, gt=0, description="Admitted work, in seconds of measured device time; above it requests get 429."
     )

@@ -111,6 +111,7 @@ class Runtime:
             measured=self.admission.measured,
             on_fatal=on_fatal,
             num_threads=settings.threads,
+            max_wait_s=settings.max_batch_wait_ms / 1000,
         )
         self.media = MediaWorkers(settings.media_workers, _media_limits(settings))
         self.loader = Loader(self.registry, self.artifacts, self.backbones, self.metrics)

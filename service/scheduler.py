@@ -13,6 +13,7 @@ foreground has nothing to run, and otherwise gets a small guaranteed share. Ever
 
 import heapq
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -50,7 +51,9 @@ class _Lane:
     jobs: dict[int, Job] = field(default_factory=dict)
     groups: dict[Group, list[Stamped]] = field(default_factory=dict)
     flows: dict[Flow, _Flow] = field(default_factory=dict)
+    adapters: Counter[str] = field(default_factory=Counter)  # waiting jobs of each; none have no entry
     num_waiting_flows: int = 0
+    num_rows: int = 0
     clock: float = 0.0
 
     def add(self, job: Job) -> None:
@@ -60,11 +63,17 @@ class _Lane:
         flow.num_waiting += 1
         self.num_waiting_flows += flow.num_waiting == 1
         self.jobs[job.number] = job
+        self.adapters[job.adapter] += 1
+        self.num_rows += job.rows
         heapq.heappush(self.groups.setdefault((job.backbone, job.stage, job.shape), []), (start, job.number))
 
     def forget(self, job: Job, *, has_run: bool) -> None:
         """A job has left. One that never ran gives its flow the time back."""
         del self.jobs[job.number]
+        self.num_rows -= job.rows
+        self.adapters[job.adapter] -= 1
+        if not self.adapters[job.adapter]:
+            del self.adapters[job.adapter]
         flow = self.flows[job.client, job.adapter]
         flow.num_waiting -= 1
         if not has_run:
@@ -137,6 +146,21 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self._foreground.jobs) + len(self._background.jobs)
+
+    @property
+    def has_full_batch(self) -> bool:
+        """Whether what waits would fill a batch, were it all of one kind."""
+        return sum(lane.num_rows for lane in (self._foreground, self._background)) >= self.limits.max_rows
+
+    @property
+    def oldest_submission(self) -> float | None:
+        """When the job that waits longest was submitted, on the monotonic clock; None when nothing waits."""
+        first = [next(iter(lane.jobs.values())) for lane in (self._foreground, self._background) if lane.jobs]
+        return min((job.submitted_at for job in first), default=None)
+
+    def is_wanted(self, adapter: str) -> bool:
+        """Whether a waiting job needs an adapter."""
+        return any(adapter in lane.adapters for lane in (self._foreground, self._background))
 
     def add(self, job: Job) -> None:
         """Queue a job."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from adapters.families.base import Adaptation, join_adaptations
 from adapters.training.losses import shifted_nll
 from service.backbone.blip import Blip, Decoder, Memory
-from service.backbone.decoding import KeepGoing, Start, generate, pad_ids, shortlist
+from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
 from service.types import GenerateOutput, RankOutput
 
 MAX_CANDIDATE_ROWS = 256
@@ -74,6 +74,19 @@ class BlipSteps:
         self._adapt_rows()
 
 
+def begin_answers(
+    model: Blip, memory: Memory, num_questions: int, adaptation: Adaptation | None, *, num_beams: int, max_length: int
+) -> Writing:
+    """Answers of `num_questions` questions whose states are in `memory`; `adaptation` has one row per question.
+
+    Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
+    """
+    special = model.config.special_ids
+    steps = BlipSteps(model, memory, num_questions, adaptation, max_length=max_length)
+    starts = [Start((special.bos,), max_length)] * num_questions
+    return Writing(steps, starts, num_beams=num_beams, end=special.sep)
+
+
 def beam_search(
     model: Blip,
     memory: Memory,
@@ -84,14 +97,9 @@ def beam_search(
     max_length: int,
     keep_going: KeepGoing = lambda: True,
 ) -> list[GenerateOutput]:
-    """Answers of `num_questions` questions whose states are in `memory`; `adaptation` has one row per question.
-
-    Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
-    """
-    special = model.config.special_ids
-    steps = BlipSteps(model, memory, num_questions, adaptation, max_length=max_length)
-    starts = [Start((special.bos,), max_length)] * num_questions
-    return generate(steps, starts, num_beams=num_beams, end=special.sep, keep_going=keep_going)
+    """What `begin_answers` begins, to its end."""
+    writing = begin_answers(model, memory, num_questions, adaptation, num_beams=num_beams, max_length=max_length)
+    return write_all(writing, keep_going)
 
 
 def rank_answers(

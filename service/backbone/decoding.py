@@ -127,6 +127,7 @@ class Writing:
         self._steps = steps
         self._searches = [Search.of(start, num_beams) for start in starts]
         self._log_probs = _log_probs(steps.logits())
+        self._places: list[int] = []  # where the texts that go on stood before this round
         if num_beams > 1:
             each = torch.arange(len(starts), device=self._log_probs.device)
             steps.select(each.repeat_interleave(num_beams), num_beams)
@@ -143,6 +144,7 @@ class Writing:
         best, flat = _top(scores.flatten(1), 2 * num_beams + 1)
         for search, own_best, own_flat in zip(self._searches, best.tolist(), flat.tolist(), strict=True):
             search.take(own_best, own_flat, vocabulary, self._end)
+        self._places = list(range(len(self)))
         over = [place for place, search in enumerate(self._searches) if search.state.is_over]
         return self.let_go(over)
 
@@ -150,15 +152,17 @@ class Writing:
         """End these texts where they are: what each found, by its place. After `choose`, before `step`."""
         found = [(place, self._searches[place].finish(self._end)) for place in places]
         left = [place for place in range(len(self)) if place not in set(places)]
-        self._parents = [place * self.num_beams + beam for place in left for _, beam, _ in self._searches[place].chosen]
+        self._places = [self._places[place] for place in left]
         self._searches = [self._searches[place] for place in left]
         return found
 
     def step(self) -> None:
         """Write the words that were chosen."""
-        device = self._log_probs.device
-        if self.num_beams > 1 or len(self._parents) < len(self._log_probs):
-            self._steps.select(torch.tensor(self._parents, device=device), self.num_beams)
+        device, beams = self._log_probs.device, self.num_beams
+        placed = list(zip(self._places, self._searches, strict=True))
+        rows = [place * beams + beam for place, search in placed for _, beam, _ in search.chosen]
+        if beams > 1 or len(rows) < len(self._log_probs):
+            self._steps.select(torch.tensor(rows, device=device), beams)
         words = [text[-1] for search in self._searches for text in search.beams]
         self._log_probs = _log_probs(self._steps.step(torch.tensor(words, device=device)))
 
@@ -184,13 +188,18 @@ class Writing:
 def generate(
     steps: Steps, starts: Sequence[Start], *, num_beams: int, end: int, keep_going: KeepGoing = lambda: True
 ) -> list[GenerateOutput]:
-    """What follows the starts, of which `steps` has a row each: beam search, or with one beam greedy search.
+    """What follows the starts, of which `steps` has a row each; see `write_all`."""
+    return write_all(Writing(steps, starts, num_beams=num_beams, end=end), keep_going)
+
+
+def write_all(writing: Writing, keep_going: KeepGoing = lambda: True) -> list[GenerateOutput]:
+    """Texts from their first word to their last: beam search, or with one beam greedy search.
 
     `keep_going` is asked before every step; when it says no, the search ends with what it has. Sequences hold their
     start, at most its `max_length` ids in all, and `end` where it was reached.
     """
-    writing = Writing(steps, starts, num_beams=num_beams, end=end)
-    numbers, found = list(range(len(starts))), dict[int, GenerateOutput]()
+    num_texts = len(writing)
+    numbers, found = list(range(num_texts)), dict[int, GenerateOutput]()
     while True:
         found |= {numbers[place]: output for place, output in writing.choose()}
         numbers = [number for number in numbers if number not in found]
@@ -198,7 +207,7 @@ def generate(
             break
         writing.step()
     found |= {numbers[place]: output for place, output in writing.let_go(range(len(numbers)))}
-    return [found[number] for number in range(len(starts))]
+    return [found[number] for number in range(num_texts)]
 
 
 def _log_probs(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.families.base import Adaptation
-from service.backbone.decoding import KeepGoing, Start, generate, pad_ids, shortlist
+from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
 from service.backbone.opt import Opt
 from service.types import GenerateOutput, RankOutput
 
@@ -27,6 +27,18 @@ def generate_texts(
     num_beams: int,
     keep_going: KeepGoing = lambda: True,
 ) -> list[GenerateOutput]:
+    """What `begin_texts` begins, to its end."""
+    return write_all(begin_texts(model, starts, features, adaptation, num_beams=num_beams), keep_going)
+
+
+def begin_texts(
+    model: Opt,
+    starts: Sequence[Start],
+    features: Sequence[Tensor | None],
+    adaptation: Adaptation | None,
+    *,
+    num_beams: int,
+) -> Writing:
     """What follows each start; `features` holds each row's encoder states [blocks, d], or None.
 
     A start that is as long as it may come to be, or longer, is followed by one token.
@@ -36,7 +48,7 @@ def generate_texts(
     ids, mask = pad_ids([start.ids for start in starts], special.pad, model.device)
     most = max(start.max_length - len(start.ids) for start in starts)
     steps = model.decode(ids, mask, features, adaptation, max_new_tokens=most)
-    return generate(steps, starts, num_beams=num_beams, end=special.eos, keep_going=keep_going)
+    return Writing(steps, starts, num_beams=num_beams, end=special.eos)
 
 
 def rank_texts(

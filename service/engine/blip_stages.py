@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters.families.uniadapter import frame_factors
 from service.backbone.blip import Blip
-from service.backbone.blip_answers import beam_search, rank_answers
-from service.backbone.decoding import KeepGoing, pad_ids
+from service.backbone.blip_answers import begin_answers, rank_answers
+from service.backbone.decoding import KeepGoing, Writing, pad_ids, write_all
 from service.bank import BatchLeases
 from service.types import (
     Batch,
@@ -42,7 +42,7 @@ def run_blip(model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGoi
         case "match":
             return run_match(model, batch.jobs, leases)
         case "generate":
-            return run_generate(model, batch.jobs, leases, keep_going)
+            return write_all(begin_generate(model, batch.jobs, leases), keep_going)
         case "rank":
             return run_rank(model, batch.jobs, leases, keep_going)
         case _:
@@ -108,7 +108,7 @@ def _question_states(
     return model.encode_multimodal(ids, mask, y, seen, leases.adaptation(adapters)), mask, adapters
 
 
-def run_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
+def begin_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> Writing:
     """Beam search; jobs share beams and length by their shape."""
     inputs = [cast(GenerateInput, job.inputs) for job in jobs]
     states, mask, adapters = _question_states(model, jobs, inputs, leases)
@@ -116,15 +116,7 @@ def run_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_goi
     assert model.decoder is not None
     memory = model.decoder.body.remember(states, mask, adaptation)
     first = inputs[0]
-    return beam_search(
-        model,
-        memory,
-        len(jobs),
-        adaptation,
-        num_beams=first.num_beams,
-        max_length=first.max_length,
-        keep_going=keep_going,
-    )
+    return begin_answers(model, memory, len(jobs), adaptation, num_beams=first.num_beams, max_length=first.max_length)
 
 
 def run_rank(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:

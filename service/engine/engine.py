@@ -1,6 +1,8 @@
 """The device thread: schedule, run, settle, for ever.
 
-The one thread that touches the model and the slots. Others hand it jobs and wait for futures.
+The one thread that touches the model and the slots. Others hand it jobs and wait for futures. Texts are written word by
+word between other batches: who comes in joins at the next word, and who is done leaves. While texts are being written, other
+batches get half of the device's time.
 """
 
 import logging
@@ -8,15 +10,17 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import torch
 
 from adapters.errors import AdapterBankError
+from service.backbone.decoding import Writing
 from service.backbones import Backbones, HostedBackbone
 from service.bank import BatchLeases, batch_leases
-from service.engine.stages import run_batch
+from service.engine.stages import begin_batch, run_batch
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
 from service.metrics import Metrics
@@ -28,6 +32,47 @@ log = logging.getLogger(__name__)
 Result = Future[StageOutput]
 STOP_TIMEOUT_S = 30.0
 RETRY_S = 0.01  # when jobs wait and none may run: somebody else holds every slot
+WRITE = "write"  # the stage label of a word of every text that is being written
+
+
+@dataclass
+class Texts:
+    """Texts that are being written together: whose they are, in order, their slots, and the device time each has had."""
+
+    hosted: HostedBackbone
+    writing: Writing
+    jobs: list[Job]
+    leases: BatchLeases = field(default_factory=BatchLeases)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step."""
+        return len(self.writing) * self.writing.num_beams
+
+    def spent(self, seconds: float) -> None:
+        """Share device time among the texts."""
+        for job in self.jobs:
+            self.seconds[job.number] = self.seconds.get(job.number, 0.0) + seconds / len(self.jobs)
+
+    def join(self, other: "Texts") -> None:
+        """Take others in. Texts of neighbouring slots are put side by side."""
+        self.writing.join(other.writing)
+        self.jobs += other.jobs
+        self.seconds |= other.seconds
+        self.leases.take(other.leases)
+        bank = self.hosted.bank
+        order = sorted(range(len(self.jobs)), key=lambda place: bank.place(self.jobs[place].adapter))
+        if order != list(range(len(order))):
+            self.writing.reorder(order)
+            self.jobs = [self.jobs[place] for place in order]
+
+    def remove(self, places: Sequence[int]) -> list[tuple[Job, float]]:
+        """Let jobs go, by their places, with the device time each had."""
+        gone = [self.jobs[place] for place in places]
+        self.jobs = [job for place, job in enumerate(self.jobs) if place not in set(places)]
+        self.leases.keep(job.adapter for job in self.jobs)
+        return [(job, self.seconds.pop(job.number)) for job in gone]
 
 
 class Engine:
@@ -48,13 +93,21 @@ class Engine:
         measured: Callable[[float, float], None],
         on_fatal: Callable[[BaseException], None],
         num_threads: int = 0,
+        max_wait_s: float = 0.0,
     ) -> None:
+        """`max_wait_s`: how long a job may wait for others to share its batch while the device has nothing to do."""
         self.backbones = backbones
         self._scheduler = scheduler
         self._metrics = metrics
         self._measured = measured
         self._on_fatal = on_fatal
         self._num_threads = num_threads
+        self._max_wait_s = max_wait_s
+        for hosted in backbones:
+            hosted.bank.is_wanted = scheduler.is_wanted
+        self._texts: list[Texts] = []
+        self._new_rows = 0  # of texts that the batch being formed would begin
+        self._writing_due_s = 0.0  # device time that others had since texts were last written
         self._results: dict[int, Result] = {}
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[int] = deque()
@@ -120,22 +173,55 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._inbox and not len(self._scheduler) and not self._is_stopping:
+            while not self._has_work and not self._is_stopping:
                 self._wake.wait()
-            return bool(self._inbox) or len(self._scheduler) > 0
+            return self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or len(self._scheduler) > 0 or bool(self._texts)
 
     def step(self) -> None:
-        """One round: take a batch and its slots, run it, settle its futures."""
+        """One round: run a batch, or begin its texts; then write a word of every text."""
         self._read_inbox()
         self._drop_dead()
+        if self._wait_for_more():
+            return
+        has_run = self._run_next()
+        for texts in list(self._texts):
+            self._write(texts)
+            has_run = True
+        if not has_run and len(self._scheduler):
+            time.sleep(RETRY_S)
+
+    def _wait_for_more(self) -> bool:
+        """Whether the first job still waits for others to share its batch; then some of that time has passed."""
+        if not self._max_wait_s or self._texts or self._is_stopping or self._scheduler.has_full_batch:
+            return False
+        oldest = self._scheduler.oldest_submission
+        left_s = 0.0 if oldest is None else oldest + self._max_wait_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        with self._wake:
+            if not self._inbox:
+                self._wake.wait(left_s)
+        return True
+
+    def _run_next(self) -> bool:
+        """Take a batch and its slots, run it and settle its futures; False when there is none that may run."""
+        self._new_rows = 0
         with batch_leases() as leases:
             batch = self._scheduler.next_batch(lambda job: self._join(job, leases))
             self._report_queue()
-            if batch is not None:
-                self._run(batch, leases)
-                return
-        if len(self._scheduler):
-            time.sleep(RETRY_S)
+            if batch is None:
+                return False
+            if batch.stage == "generate":
+                self._begin(batch, leases)
+                return True
+            start = time.perf_counter()
+            self._run(batch, leases)
+            self._writing_due_s += time.perf_counter() - start if self._texts else 0.0
+            return True
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -169,20 +255,30 @@ class Engine:
         _set_error(result, DeadlineExceeded("the deadline passed before the request's turn came"))
 
     def _join(self, job: Job, leases: BatchLeases) -> bool:
-        """Whether a job may join the batch: its adapter has a slot, or gets one."""
+        """Whether a job may join the batch: its adapter has a slot, or gets one, and it is its kind's turn."""
+        if self._texts and not self._may_come_in(job):
+            return False
         try:
-            return leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
+            has_slot = leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
+            self._new_rows += job.rows if has_slot and job.stage == "generate" else 0
+            return has_slot
         except Exception as error:
             if _is_fatal(error):
                 raise
             # Alive, it fails alone when it runs, with its own error; dead, it is let go next round.
             return not self._is_dead(job)
 
-    def _observe(self, batch: Batch, num_adapters: int, seconds: float) -> None:
-        self._metrics.batch_seconds.labels(batch.stage).observe(seconds)
-        self._metrics.batch_jobs.labels(batch.stage).observe(len(batch.jobs))
-        self._metrics.batch_adapters.labels(batch.stage).observe(num_adapters)
-        self._measured(sum(job.cost for job in batch.jobs), seconds)
+    def _may_come_in(self, job: Job) -> bool:
+        """Beside texts being written: a new one while there is room, another job once the texts had their half of the time."""
+        if job.stage != "generate":
+            return self._writing_due_s <= 0
+        num_rows = sum(texts.num_rows for texts in self._texts)
+        return num_rows + self._new_rows + job.rows <= self._scheduler.limits.max_rows
+
+    def _observe(self, stage: str, num_jobs: int, num_adapters: int, seconds: float) -> None:
+        self._metrics.batch_seconds.labels(stage).observe(seconds)
+        self._metrics.batch_jobs.labels(stage).observe(num_jobs)
+        self._metrics.batch_adapters.labels(stage).observe(num_adapters)
 
     def _run(self, batch: Batch, leases: BatchLeases) -> None:
         """Run a batch. Whoever hears of it finds its slots given back and the metrics told."""
@@ -195,23 +291,29 @@ class Engine:
             leases.release()
             self._retry_alone(batch, error)
             return
-        self._observe(batch, leases.num_adapters, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
+        self._measured(sum(job.cost for job in batch.jobs), seconds)
         leases.release()
         for job, output in zip(batch.jobs, outputs, strict=True):
             self._set_output(job, output)
 
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
-        """The outputs of a batch's jobs, which run in the order of their slots: neighbours share kernels."""
+        """The outputs of a batch's jobs."""
+        hosted, in_order = self._in_slots(batch, leases)
+        outputs = self._run_stage(hosted, in_order, leases)
+        self.last_forward_at = time.monotonic()
+        of_job = {job.number: output for job, output in zip(in_order.jobs, outputs, strict=True)}
+        return [of_job[job.number] for job in batch.jobs]
+
+    def _in_slots(self, batch: Batch, leases: BatchLeases) -> tuple[HostedBackbone, Batch]:
+        """A batch's backbone, and its jobs in the order of their slots: neighbours share kernels."""
         hosted = self.backbones.named(batch.backbone)
         leases.use(hosted.bank)
         for job in batch.jobs:
             if not leases.add(job.adapter):
                 raise EngineFailed(f"no slot for {job.adapter} in a batch of its own. This is a bug.")
-        jobs = sorted(batch.jobs, key=lambda job: hosted.bank.place(job.adapter))
-        outputs = self._run_stage(hosted, Batch(tuple(jobs)), leases)
-        self.last_forward_at = time.monotonic()
-        of_job = {job.number: output for job, output in zip(jobs, outputs, strict=True)}
-        return [of_job[job.number] for job in batch.jobs]
+        return hosted, Batch(tuple(sorted(batch.jobs, key=lambda job: hosted.bank.place(job.adapter))))
 
     def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         def keep_going() -> bool:
@@ -221,14 +323,100 @@ class Engine:
         with torch.inference_mode():
             return list(run_batch(hosted.backbone.model, batch, leases, keep_going))
 
+    # --- texts, word by word -----------------------------------------------------------------------------
+
+    def _begin(self, batch: Batch, leases: BatchLeases) -> None:
+        """Read what texts start from, and let them join those that are being written."""
+        start = time.perf_counter()
+        try:
+            hosted, in_order = self._in_slots(batch, leases)
+            begun = Texts(hosted, self._begin_stage(hosted, in_order, leases), list(in_order.jobs))
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            leases.release()
+            self._retry_alone(batch, error)
+            return
+        seconds = time.perf_counter() - start
+        self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
+        begun.leases.take(leases)
+        begun.spent(seconds)
+        self.last_forward_at = time.monotonic()
+        for texts in self._texts:
+            if texts.hosted is hosted and texts.writing.can_join(begun.writing):
+                self._join_texts(texts, begun)
+                return
+        self._texts.append(begun)
+
+    def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
+        with torch.inference_mode():
+            return begin_batch(hosted.backbone.model, batch, leases)
+
+    def _join_texts(self, texts: Texts, begun: Texts) -> None:
+        try:
+            with torch.inference_mode():
+                texts.join(begun)
+        except Exception as error:
+            self._write_alone(texts, error, also=begun)
+
+    def _write(self, texts: Texts) -> None:
+        """Write a word of every text; settle those that ended by it, and let those go that nobody waits for."""
+        start, num_jobs, num_adapters = time.perf_counter(), len(texts.jobs), texts.leases.num_adapters
+        try:
+            with torch.inference_mode():
+                found = texts.writing.choose()
+                self._settle_texts(texts, found)
+                now = time.monotonic()
+                dead = [place for place, job in enumerate(texts.jobs) if self._is_dead(job, now)]
+                if dead:
+                    texts.writing.let_go(dead)
+                    for job, _ in texts.remove(dead):
+                        self._settle_dead(job)
+                if texts.jobs:
+                    texts.writing.step()
+        except Exception as error:
+            self._write_alone(texts, error)
+            return
+        seconds = time.perf_counter() - start
+        self.last_forward_at = time.monotonic()
+        self._observe(WRITE, num_jobs, num_adapters, seconds)
+        self._writing_due_s = max(0.0, self._writing_due_s - seconds)
+        if texts.jobs:
+            texts.spent(seconds)
+            return
+        self._texts.remove(texts)
+        if not self._texts:
+            self._writing_due_s = 0.0
+
+    def _settle_texts(self, texts: Texts, found: Sequence[tuple[int, StageOutput]]) -> None:
+        gone = texts.remove([place for place, _ in found])
+        self._measured(sum(job.cost for job, _ in gone), sum(seconds for _, seconds in gone))
+        for (job, _), (_, output) in zip(gone, found, strict=True):
+            self._set_output(job, output)
+
+    def _write_alone(self, texts: Texts, error: Exception, also: Texts | None = None) -> None:
+        """A step of texts failed: each is written anew by itself."""
+        if _is_fatal(error):
+            raise error
+        self._texts.remove(texts)
+        jobs = list(texts.jobs)
+        texts.leases.release()
+        if also is not None:
+            jobs += [job for job in also.jobs if job not in jobs]
+            also.leases.release()
+        self._run_each(jobs, error)
+
     def _retry_alone(self, batch: Batch, error: Exception) -> None:
         """A batch that failed is run again item by item, once; only what fails alone fails."""
         if len(batch.jobs) == 1:
             self._set_job_error(batch.jobs[0], error)
             return
-        log.warning("a %s batch of %d failed and is retried item by item: %s", batch.stage, len(batch.jobs), error)
+        self._run_each(batch.jobs, error)
+
+    def _run_each(self, jobs: Sequence[Job], error: Exception) -> None:
+        log.warning("a %s batch of %d failed and is retried item by item: %s", jobs[0].stage, len(jobs), error)
         self._metrics.retried_batches.inc()
-        for job in batch.jobs:
+        for job in jobs:
             if self._is_dead(job):
                 self._settle_dead(job)
                 continue

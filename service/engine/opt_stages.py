@@ -5,9 +5,9 @@ from typing import cast
 
 import torch
 
-from service.backbone.decoding import KeepGoing, Start
+from service.backbone.decoding import KeepGoing, Start, Writing, write_all
 from service.backbone.opt import Opt
-from service.backbone.opt_answers import generate_texts, rank_texts
+from service.backbone.opt_answers import begin_texts, rank_texts
 from service.bank import BatchLeases
 from service.types import Batch, ChooseInput, ContinueInput, Job, PerceiveInput, PerceiveOutput, StageOutput
 
@@ -18,7 +18,7 @@ def run_opt(model: Opt, batch: Batch, leases: BatchLeases, keep_going: KeepGoing
         case "perceive":
             return run_perceive(model, batch.jobs)
         case "generate":
-            return run_continue(model, batch.jobs, leases, keep_going)
+            return write_all(begin_continue(model, batch.jobs, leases), keep_going)
         case "rank":
             return run_choose(model, batch.jobs, leases, keep_going)
         case _:
@@ -32,16 +32,15 @@ def run_perceive(model: Opt, jobs: Sequence[Job]) -> list[PerceiveOutput]:
     return [PerceiveOutput(own.clone()) for own in states]
 
 
-def run_continue(model: Opt, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
+def begin_continue(model: Opt, jobs: Sequence[Job], leases: BatchLeases) -> Writing:
     """Beam search; jobs share beams by their shape."""
     inputs = [cast(ContinueInput, job.inputs) for job in jobs]
-    return generate_texts(
+    return begin_texts(
         model,
         [Start(one.start_ids, one.max_length) for one in inputs],
         [one.states for one in inputs],
         leases.adaptation([job.adapter for job in jobs]),
         num_beams=inputs[0].num_beams,
-        keep_going=keep_going,
     )
 
 

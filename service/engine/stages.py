@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from service.backbone.base import Model
 from service.backbone.blip import Blip
-from service.backbone.decoding import KeepGoing
+from service.backbone.decoding import KeepGoing, Writing
 from service.bank import BatchLeases
-from service.engine.blip_stages import run_blip
-from service.engine.opt_stages import run_opt
+from service.engine.blip_stages import begin_generate, run_blip
+from service.engine.opt_stages import begin_continue, run_opt
 from service.types import Batch, StageOutput
 
 
@@ -16,3 +16,10 @@ def run_batch(model: Model, batch: Batch, leases: BatchLeases, keep_going: KeepG
     if isinstance(model, Blip):
         return run_blip(model, batch, leases, keep_going)
     return run_opt(model, batch, leases, keep_going)
+
+
+def begin_batch(model: Model, batch: Batch, leases: BatchLeases) -> Writing:
+    """Read what a `generate` batch's texts start from, and be ready to write. Called like `run_batch`."""
+    if isinstance(model, Blip):
+        return begin_generate(model, batch.jobs, leases)
+    return begin_continue(model, batch.jobs, leases)

@@ -30,6 +30,7 @@ from service.auth import LOCAL
 from service.backbone import convert
 from service.backbone.base import Backbone
 from service.backbone.config import SpecialIds
+from service.backbone.decoding import Writing
 from service.backbone.folder import load_backbone, write_backbone
 from service.backbones import Backbones, HostedBackbone
 from service.bank import AdapterBank, BatchLeases, batch_leases
@@ -115,6 +116,12 @@ class RecordingEngine(Engine):
             outputs = super()._run_stage(hosted, batch, leases)
         self.records.append(BatchRecord(batch, seen))
         return outputs
+
+    def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
+        with hooks(hosted.backbone) as seen:
+            writing = super()._begin_stage(hosted, batch, leases)
+        self.records.append(BatchRecord(batch, seen))
+        return writing
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Floats within 1e-5 + 1e-5 |b|. Ids and choices are equal unless the lone run dec
 counted and shown.
 """
 
+import random
 import time
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +45,7 @@ from service.types import (
     VisionInput,
     VisionOutput,
 )
+from tests.service.test_bank import slot_leases
 from tests.service.worlds import EMBED_DIM, PATCH, WIDTH, adapter_config, random_tensors, write_tiny_backbone
 
 ATOL = RTOL = 1e-5
@@ -129,17 +132,21 @@ class Runner:
 
     def run(self, jobs: list[Job], max_rows: int) -> list[StageOutput]:
         """Queue all, then step until every one has its output."""
-        engine = Engine(
+        engine = self.engine(max_rows)
+        results = [engine.submit(job) for job in jobs]
+        while not all(result.done() for result in results):
+            engine.step()
+        return [result.result() for result in results]
+
+    def engine(self, max_rows: int) -> Engine:
+        """One that is stepped by hand."""
+        return Engine(
             Backbones.of_one(self.backbone, self.bank, self.metrics),
             Scheduler(BatchLimits(max_rows=max_rows, max_tokens=1 << 30)),
             self.metrics,
             measured=lambda cost, seconds: None,
             on_fatal=lambda error: None,
         )
-        results = [engine.submit(job) for job in jobs]
-        while not all(result.done() for result in results):
-            engine.step()
-        return [result.result() for result in results]
 
     def job(self, ask: Ask) -> Job:
         inputs, shape, rows = self._inputs(ask)
@@ -309,6 +316,43 @@ def test_one_stage_with_every_adapter_at_once(runner: Runner, stage: Stage) -> N
     summed = runner.metrics.registry.get_sample_value("bank_batch_adapters_sum", {"stage": stage})
     counted = runner.metrics.registry.get_sample_value("bank_batch_adapters_count", {"stage": stage})
     assert summed is not None and counted is not None and summed > counted
+
+
+def test_texts_that_come_in_at_any_word_are_written_as_alone(runner: Runner) -> None:
+    """Questions arrive while others are being answered, with other adapters, lengths and limits; some are given up."""
+    check, chance = Check(runner), random.Random(7)
+    for beams in (1, 3):
+        asks = [
+            Ask(
+                "generate",
+                chance.randint(-1, len(ADAPTERS) - 1),
+                chance.randint(3, 12),
+                1,
+                1 + number % 3,
+                beams,
+                2,
+                number % 4,
+            )
+            for number in range(24)
+        ]
+        engine = runner.engine(max_rows=64)
+        results: list[Future[StageOutput]] = []
+        given_up: set[int] = set()
+        most = 0
+        while len(results) < len(asks) or not all(result.done() for result in results):
+            for ask in asks[len(results) : len(results) + chance.choice((0, 1, 1, 2))]:
+                results.append(engine.submit(runner.job(ask)))
+            if results and chance.random() < 0.1:
+                number = chance.randrange(len(results))
+                if results[number].cancel():
+                    given_up.add(number)
+            engine.step()
+            most = max([most, *(len(texts.jobs) for texts in engine._texts)])
+        assert most > 3 and 0 < len(given_up) < 12
+        for number, (ask, result) in enumerate(zip(asks, results, strict=True)):
+            if number not in given_up:
+                check(ask, result.result())
+        assert not engine._texts and not slot_leases(runner.bank)
 
 
 def test_an_answer_does_depend_on_its_adapter(runner: Runner) -> None:

@@ -222,27 +222,25 @@ def prompt_without_network(patch: Patch) -> None:
 
 def generated_length(patch: Patch) -> None:
     """As newer releases of the library do: the question's length does not count, the end token's does."""
-    generate = decoding.generate
 
-    def searched(steps: Any, starts: Sequence[Start], **options: Any) -> Any:
-        lengths = iter([len(start.ids) for start in starts])
+    @dataclass
+    class ByGenerated(Beams):
+        before: int = 0
 
-        @dataclass
-        class ByGenerated(Beams):
-            def __post_init__(self) -> None:
-                self.before = next(lengths)
+        def keep(self, ids: tuple[int, ...], total: float, length: int) -> None:
+            super().keep(ids, total, length - self.before + 1)
 
-            def keep(self, ids: tuple[int, ...], total: float, length: int) -> None:
-                super().keep(ids, total, length - self.before + 1)
+        def check_done(self, best_total: float, length: int) -> None:
+            super().check_done(best_total, length - self.before + 1)
 
-            def check_done(self, best_total: float, length: int) -> None:
-                super().check_done(best_total, length - self.before + 1)
+    search_of = decoding.Search.of
 
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(decoding, "Beams", ByGenerated)
-            return generate(steps, starts, **options)
+    def searched(start: Start, num_beams: int) -> decoding.Search:
+        search = search_of(start, num_beams)
+        search.state = ByGenerated(num_beams, before=len(start.ids))
+        return search
 
-    patch.setattr(opt_answers, "generate", searched)
+    patch.setattr(decoding.Search, "of", searched)
 
 
 def answers_alone(patch: Patch) -> None:

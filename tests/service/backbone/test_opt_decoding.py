@@ -124,6 +124,48 @@ def test_logits_are_those_of_whole_forwards(first: int) -> None:
                 )
 
 
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_rows_that_come_in_later_read_and_write_as_alone(first: int) -> None:
+    """Two batches of one model, each some words along, rows dropped: joined they go on as whole forwards of both."""
+    joined, refused = 0, 0
+    with torch.inference_mode():
+        for seed in range(5000 + first, 5000 + first + 20):
+            draw, batches = random.Random(seed), [random_batch(seed)]
+            while len(batches) < 3:  # others of the same model, which the seed decides
+                other = random_batch(draw.randrange(1 << 30))
+                batches += [other] if other.model is batches[0].model else []
+            sides = []
+            for batch in batches:
+                ids, mask = batch.padded
+                steps, expected = (
+                    batch.model.decode(ids, mask, batch.features, batch.adaptation, max_new_tokens=9),
+                    Whole(batch),
+                )
+                for _ in range(draw.randint(0, 3)):
+                    words = torch.tensor([draw.randrange(3, 40) for _ in expected.texts])
+                    steps.step(words), expected.step(words)
+                rows = torch.tensor(sorted(draw.sample(range(len(ids)), draw.randint(1, len(ids)))))
+                steps.select(rows)
+                expected.select(rows)
+                sides.append((steps, [expected]))
+            (steps, wholes), *others = sides
+            for other, its in others:
+                if not steps.can_join(other):
+                    refused += 1
+                    continue
+                steps.join(other)
+                wholes += its
+                joined += 1
+                for _ in range(2):
+                    words = torch.tensor([draw.randrange(3, 40) for whole in wholes for _ in whole.texts])
+                    expected_logits, at = [], 0
+                    for whole in wholes:
+                        expected_logits.append(whole.step(words[at : at + len(whole.texts)]))
+                        at += len(whole.texts)
+                    torch.testing.assert_close(steps.step(words), torch.cat(expected_logits), atol=ATOL, rtol=RTOL)
+    assert joined >= 5 and refused >= 1
+
+
 WINDOWS = [
     (variant, start, end)
     for variant in range(4)
