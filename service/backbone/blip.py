@@ -7,7 +7,7 @@ Source: BLIP (Li et al., 2022), the authors' `vit.py` and `med.py` with UniAdapt
 Shapes: B rows, F frames, P tokens of a picture (CLS first), L text tokens, M memory tokens, D width, H heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,33 +40,46 @@ class CrossAttention(nn.Module):
         k, v = self.key(y), self.value(y)
         if terms is not None:
             k, v = k + terms[0], v + terms[1]
-        if factors is not None:
-            k = k * factors.unsqueeze(-1)
+        if factors is not None:  # these keys are nobody else's, so they are scaled where they are; gradients need both
+            k = k * factors.unsqueeze(-1) if torch.is_grad_enabled() else k.mul_(factors.unsqueeze(-1))
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x [B*G, L, D] over B memories, each shared by the G rows that follow one another."""
-        rows, length = x.shape[0], x.shape[1]
-        q = split_heads(self.query(x), self.heads)  # [B*G, H, L, d]
-        shared = rows // k.shape[0]
-        if shared > 1:  # rows of one memory become further query positions of it
-            q = q.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)  # [B, H, G*L, d]
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        if shared > 1:
-            out = out.unflatten(2, (shared, length)).transpose(1, 2).flatten(0, 1)  # [B*G, H, L, d]
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, readers: Sequence[int] | None) -> Tensor:
+        """x [R, L, D] over B memories, the first read by the first `readers[0]` rows and so on; None: by equally many."""
+        q = split_heads(self.query(x), self.heads)  # [R, H, L, d]
+        if readers is None or len(set(readers)) == 1:
+            out = _attend_shared(q, k, v, mask)
+        else:
+            own = zip(q.split(list(readers)), k.split(1), v.split(1), mask.split(1), strict=True)
+            out = torch.cat([_attend_shared(*one) for one in own])
         return self.proj(merge_heads(out))  # type: ignore[no-any-return]
+
+
+def _attend_shared(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B*G, H, L, d] over k and v [B, H, M, d], each shared by the G rows that follow one another."""
+    length, shared = q.shape[2], len(q) // len(k)
+    if shared == 1:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q = q.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)  # [B, H, G*L, d]: further query positions
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    rows: Tensor = out.unflatten(2, (shared, length)).transpose(1, 2).flatten(0, 1)  # [B*G, H, L, d]
+    return rows
 
 
 @dataclass
 class Memory:
-    """What a stack's cross-attention reads, projected once: keys and values [B, H, M, d] per layer, mask [B, 1, 1, M]."""
+    """What a stack's cross-attention reads, projected once: keys and values [B, H, M, d] per layer, mask [B, 1, 1, M].
+
+    `readers` tells how many rows, which follow one another, read each memory; None: equally many.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+    readers: tuple[int, ...] | None = None
 
     def select(self, rows: Tensor) -> "Memory":
-        """The memories of these rows, in this order."""
+        """The memories of these rows, in this order, each with as many readers as another."""
         return Memory([k[rows] for k in self.keys], [v[rows] for v in self.values], self.mask[rows])
 
     def join(self, other: "Memory") -> "Memory":
@@ -166,7 +179,8 @@ class TextLayer(nn.Module):
         if memory is None:
             out = self._feed_forward(u)
             return out if adaptation is None else adaptation.add(self.sites["text"], u, out)
-        read = self.crossattention(u, memory.keys[self.layer], memory.values[self.layer], memory.mask)
+        keys, values = memory.keys[self.layer], memory.values[self.layer]
+        read = self.crossattention(u, keys, values, memory.mask, memory.readers)
         w = self.crossattention_norm(read + u)
         out = self._feed_forward(w)
         return out if adaptation is None else adaptation.add(self.sites["cross"], w, out, before=u)
@@ -343,10 +357,12 @@ class Blip(nn.Module):
 
         `factors` [B, M] scale the cross-attention's keys (frame-aware attention).
         """
-        encoder = self._text_encoder()
+        return self.read(ids, mask, self._text_encoder().remember(y, y_mask, adaptation, factors), adaptation)
+
+    def read(self, ids: Tensor, mask: Tensor, memory: Memory, adaptation: Adaptation | None) -> Tensor:
+        """`encode_multimodal` of rows whose memories, of the text encoder, are there already."""
         ids = torch.cat([torch.full_like(ids[:, :1], self.config.special_ids.enc), ids[:, 1:]], dim=1)
-        memory = encoder.remember(y, y_mask, adaptation, factors)
-        return encoder(ids, mask[:, None, None, :], adaptation, memory)  # type: ignore[no-any-return]
+        return self._text_encoder()(ids, mask[:, None, None, :], adaptation, memory)  # type: ignore[no-any-return]
 
     def score_answers(
         self,

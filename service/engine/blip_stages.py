@@ -5,6 +5,8 @@ masked everywhere, so a job's output does not depend on its neighbours.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -102,10 +104,27 @@ def _factors(clip: Tensor, similarity: Tensor | None) -> Tensor:
 def _question_states(
     model: Blip, jobs: Sequence[Job], questions: Sequence[GenerateInput | RankInput], leases: BatchLeases
 ) -> tuple[Tensor, Tensor, list[str]]:
+    """States of the questions [B, L, D], their mask, and each row's adapter.
+
+    Questions about the same medium that follow one another share its keys and values: to project these takes as long as
+    to see the medium.
+    """
     ids, mask = _pad(model, [question.question_ids for question in questions])
-    y, seen = _pad_states([question.states for question in questions])
     adapters = [job.adapter for job in jobs]
-    return model.encode_multimodal(ids, mask, y, seen, leases.adaptation(adapters)), mask, adapters
+    pairs = zip(adapters, questions, strict=True)
+    media = [list(about) for _, about in groupby(pairs, key=lambda pair: (pair[0], medium_of(pair[1])))]
+    y, seen = _pad_states([about[0][1].states for about in media])
+    assert model.text_encoder is not None, "the caller checked that there is a text encoder. This is a bug."
+    memory = model.text_encoder.remember(y, seen, leases.adaptation([about[0][0] for about in media]))
+    memory = replace(memory, readers=tuple(map(len, media)))
+    return model.read(ids, mask, memory, leases.adaptation(adapters)), mask, adapters
+
+
+def medium_of(inputs: object) -> tuple[int, ...]:
+    """What tells questions about the same states from others: where they are, and their shape; nothing for other stages."""
+    if isinstance(inputs, GenerateInput | RankInput):
+        return (inputs.states.data_ptr(), *inputs.states.shape)
+    return ()
 
 
 def begin_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> Writing:

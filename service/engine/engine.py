@@ -20,6 +20,7 @@ from adapters.errors import AdapterBankError
 from service.backbone.decoding import Writing
 from service.backbones import Backbones, HostedBackbone
 from service.bank import BatchLeases, batch_leases
+from service.engine.blip_stages import medium_of
 from service.engine.stages import begin_batch, run_batch
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
@@ -307,13 +308,14 @@ class Engine:
         return [of_job[job.number] for job in batch.jobs]
 
     def _in_slots(self, batch: Batch, leases: BatchLeases) -> tuple[HostedBackbone, Batch]:
-        """A batch's backbone, and its jobs in the order of their slots: neighbours share kernels."""
+        """A batch's backbone, and its jobs in the order of their slots, and of what they look at: neighbours share work."""
         hosted = self.backbones.named(batch.backbone)
         leases.use(hosted.bank)
         for job in batch.jobs:
             if not leases.add(job.adapter):
                 raise EngineFailed(f"no slot for {job.adapter} in a batch of its own. This is a bug.")
-        return hosted, Batch(tuple(sorted(batch.jobs, key=lambda job: hosted.bank.place(job.adapter))))
+        in_order = sorted(batch.jobs, key=lambda job: (hosted.bank.place(job.adapter), medium_of(job.inputs)))
+        return hosted, Batch(tuple(in_order))
 
     def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         def keep_going() -> bool:

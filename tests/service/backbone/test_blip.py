@@ -1,5 +1,6 @@
 """Our forward beside the library's BLIP, on tiny random models imported from folders the library wrote."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,17 @@ def test_other_dtypes_run_and_drift(qa: Pair, dtype: str, capsys: pytest.Capture
         print(
             f"\n{dtype}: word logits drift by at most {float((exact - rough).abs().max()):.3f}, {100 * flipped:.0f} % flip"
         )
+
+
+@pytest.mark.parametrize("readers", [(2, 1, 3), (1, 1, 1), (2, 2, 2), (4,)])
+def test_questions_share_the_keys_of_what_they_are_about(qa: Pair, readers: tuple[int, ...]) -> None:
+    """However many ask about each, they read what they would read of a copy of their own."""
+    encoder, rows, generator = qa.ours.text_encoder, sum(readers), torch.Generator().manual_seed(8)
+    assert encoder is not None
+    ids = torch.randint(6, 50, (rows, 5), generator=generator)
+    mask = torch.arange(5)[None] < torch.randint(2, 6, (rows, 1), generator=generator)
+    y = torch.randn(len(readers), 7, qa.backbone.dims().width, generator=generator)
+    seen = torch.arange(7)[None] < torch.tensor([7, 3, 5][: len(readers)])[:, None]
+    memory = replace(encoder.remember(y, seen, None), readers=readers)
+    of_row = torch.arange(len(readers)).repeat_interleave(torch.tensor(readers))
+    close(qa.ours.read(ids, mask, memory, None), qa.ours.encode_multimodal(ids, mask, y[of_row], seen[of_row], None))
