@@ -3,7 +3,7 @@
 Weights are random and made by the library; ours are converted as an import converts them. Their scale keeps the decoder from
 saying one word for ever: hidden states of unit size give logits of unit size, and the end of a text has a bias that lets it
 compete with the likeliest word, so that some answers are short and some are cut. Of several questions about a picture, the stages
-below run the vision tower once; `POST /vqa` takes one question with its picture.
+below run the vision tower once, as `POST /vqa` does through its feature cache.
 
 Both sides must answer the same. They end a search by different rules, ours being those of transformers 4.15 (see
 `service.backbone.decoding`), the library's those of 5.23:
@@ -149,8 +149,8 @@ def library_answers(model: Any, questions: Questions) -> Tensor:
 
 
 def read_questions(model: Blip, questions: Questions) -> Memory:
-    """What our decoder reads of the questions. The vision tower runs once for each picture; a question has a copy of its states."""
-    states = model.encode_vision(questions.pixels, None)[questions.picture_of_question]  # [Q, P, D]
+    """What our decoder reads of the questions. A picture's states and their keys are made once for all questions about it."""
+    states = model.encode_vision(questions.pixels, None)  # [pictures, P, D]
     mask = torch.ones_like(questions.ids, dtype=torch.bool)
     seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     hidden = model.encode_multimodal(questions.ids, mask, states, seen, None)

@@ -25,9 +25,13 @@ class Rates:
         """The least seconds that work of so many operations on so many bytes takes."""
         return max(operations / self.flops, num_bytes / self.bytes_read)
 
+    def best(self, other: "Rates") -> "Rates":
+        """The better of two measurements of each: noise only ever slows."""
+        return Rates(max(self.flops, other.flops), max(self.bytes_read, other.bytes_read))
+
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best of several runs: noise only ever slows."""
+    """The best of several runs."""
     side = PRODUCT_SIDE[device.type]
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     much = torch.ones(READ_BYTES[device.type] // 4, device=device)

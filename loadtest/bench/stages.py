@@ -204,6 +204,7 @@ def main(words: Sequence[str]) -> None:
             stage = make_stage(name, model, arguments.batch, resolution)
             torch.testing.assert_close(stage.forward(None), stage.independent(), rtol=2e-2, atol=2e-2)
         seconds = compare(stage, model, ranks, arguments.adapters, arguments.repeats, arguments.calls)
+        rates = rates.best(measure_rates(bench.device, bench.dtype))
         title = f"{name}, batch {arguments.batch}, {stage.tokens} tokens a row, {arguments.dtype}"
         tables.append(tabulate(stage, config, rates, seconds, bench.dtype.itemsize, title))
         values[name] = {"seconds": seconds, "table": [list(row) for row in tables[-1].rows]}

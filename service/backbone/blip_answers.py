@@ -1,6 +1,8 @@
 """Answers of a BLIP's decoder: generated, or chosen among given ones. Source: UniAdapter's `models/blip_vqa.py`."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -102,6 +104,13 @@ def beam_search(
     return write_all(writing, keep_going)
 
 
+def _read_by(memory: Memory, questions: Sequence[int], device: torch.device) -> Memory:
+    """The memories of rows that belong to these questions, in ascending order: each question's is there once."""
+    readers = Counter(questions)
+    distinct = torch.tensor(list(readers), device=device)
+    return replace(memory.select(distinct), readers=tuple(readers.values()))
+
+
 def rank_answers(
     model: Blip,
     memory: Memory,
@@ -130,9 +139,9 @@ def rank_answers(
             break
         part = pairs[first : first + MAX_CANDIDATE_ROWS]
         ids, mask = pad_ids([candidates[q][index] for q, index in part], special.pad, model.device)
-        questions = torch.tensor([q for q, _ in part], device=model.device)
-        rows = None if adaptation is None else adaptation.expand(questions)
-        logits = decoder.score(ids, mask, memory.select(questions), rows)
+        of_row = [q for q, _ in part]
+        rows = None if adaptation is None else adaptation.expand(torch.tensor(of_row, device=model.device))
+        logits = decoder.score(ids, mask, _read_by(memory, of_row, model.device), rows)
         scores += (-shifted_nll(logits, ids, mask)).tolist()
     outputs = []
     for q, chosen in enumerate(shortlists):
