@@ -1,18 +1,14 @@
 """Benchmarks, each comparing ways of doing the same work, turn by turn in one process.
 
-python -m loadtest.bench NAME [options]      NAME: stages, decode, peers; --help after it lists its options
+python -m loadtest.bench NAME [options]      NAME: stages, decode, swap; --help after it lists its options
 """
 
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, peers, stages
+from loadtest.bench import decode, stages, swap
 
-BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
-    "stages": stages.main,
-    "decode": decode.main,
-    "peers": peers.main,
-}
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {"stages": stages.main, "decode": decode.main, "swap": swap.main}
 
 
 def main() -> None:
