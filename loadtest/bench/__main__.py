@@ -1,14 +1,19 @@
 """Benchmarks, each comparing ways of doing the same work, turn by turn in one process.
 
-python -m loadtest.bench NAME [options]      NAME: stages, decode, swap; --help after it lists its options
+python -m loadtest.bench NAME [options]      NAME: stages, decode, swap, popularity; --help after it lists its options
 """
 
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, stages, swap
+from loadtest.bench import decode, popularity, stages, swap
 
-BENCHES: dict[str, Callable[[Sequence[str]], None]] = {"stages": stages.main, "decode": decode.main, "swap": swap.main}
+BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
+    "stages": stages.main,
+    "decode": decode.main,
+    "swap": swap.main,
+    "popularity": popularity.main,
+}
 
 
 def main() -> None:
