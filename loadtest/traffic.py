@@ -1,4 +1,4 @@
-"""Which adapter the next request is for: popularity decides what a cache of adapters is worth.
+"""Which adapter the next request is for, and when it comes: popularity decides what a cache of adapters is worth.
 
 identical   everybody asks for one
 uniform     all alike
@@ -8,7 +8,7 @@ distinct    one after the other: no two in a row alike, the worst case for a cac
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, get_args
 
 Popularity = Literal["identical", "uniform", "zipf", "distinct"]
@@ -40,3 +40,18 @@ def picks(popularity: Popularity, choices: Sequence[T], *, seed: int, exponent: 
         start = chance.randrange(len(choices))
         return itertools.islice(itertools.cycle(choices), start, None)
     return (chance.choices(choices, weights)[0] for _ in itertools.repeat(None))
+
+
+def arrivals(rates: Mapping[T, float], *, seconds: float, seed: int) -> list[tuple[float, T]]:
+    """Poisson arrivals of each choice at its rate a second, in order of their time, seconds from the start.
+
+    When a choice's requests come does not depend on which other choices there are.
+    """
+    found = []
+    for choice, rate in rates.items():
+        chance = random.Random(f"{seed} {choice}")
+        due_s = chance.expovariate(rate)
+        while due_s < seconds:
+            found.append((due_s, choice))
+            due_s += chance.expovariate(rate)
+    return sorted(found, key=lambda arrival: arrival[0])

@@ -1,18 +1,19 @@
-"""Benchmarks, each comparing ways of doing the same work, turn by turn in one process.
+"""Benchmarks, each comparing ways of doing the same work, turn by turn.
 
-python -m loadtest.bench NAME [options]      NAME: stages, decode, swap, popularity; --help after it lists its options
+python -m loadtest.bench NAME [options]      --help after a name lists its options; without one all run with their defaults
 """
 
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, popularity, stages, swap
+from loadtest.bench import decode, fairness, popularity, stages, swap
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "stages": stages.main,
     "decode": decode.main,
     "swap": swap.main,
     "popularity": popularity.main,
+    "fairness": fairness.main,
 }
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     """Run the benchmark that is named; all of them with their defaults where none is."""
     name, *words = sys.argv[1:] or [""]
     if name in ("-h", "--help") or (name and name not in BENCHES):
-        raise SystemExit(__doc__)
+        raise SystemExit(f"{__doc__}\nNAME: {', '.join(BENCHES)}")
     for bench in [BENCHES[name]] if name else BENCHES.values():
         bench(words)
 

@@ -16,8 +16,8 @@ import asyncio
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from loadtest.bench.harness import Bench, Table
 from loadtest.bench.jobs import JOB_KINDS, JobKind, Jobs
 from loadtest.bench.loops import Throughput, closed_loop, percentile
 from loadtest.bench.models import BLIP_SIZES
-from loadtest.bench.worlds import random_world
+from loadtest.bench.worlds import random_world, started
 from loadtest.traffic import POPULARITIES, Popularity, picks
 from service.bank import SlotLease
 from service.config import MIB, Settings
@@ -136,17 +136,6 @@ class LateLoads:
 
         with patch.object(bank, "try_lease", load_and_lease):
             yield
-
-
-@asynccontextmanager
-async def started(settings: Settings) -> AsyncIterator[Runtime]:
-    """A service without HTTP while the block lasts."""
-    runtime = Runtime(settings)
-    await runtime.start()
-    try:
-        yield runtime
-    finally:
-        await runtime.close()
 
 
 async def measure(runtime: Runtime, case: Case, names: Sequence[str], arguments: Namespace, seed: int) -> Turn:

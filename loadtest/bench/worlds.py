@@ -6,8 +6,8 @@ that each is checked, folded, kept and put into a slot by itself. What sharing s
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from service.backbone.folder import load_backbone, write_backbone
 from service.config import Settings
 from service.demo.vocabulary import build_tokenizer
 from service.folders import HomeFolders, open_registry
+from service.runtime import Runtime
 
 MAX_TEXT_TOKENS = 35
 
@@ -126,3 +127,14 @@ def random_world(config: BlipConfig, **settings: Any) -> Iterator[World]:
         world = World(given, backbone.dims(), manifest.parts, backbone.resolution)
         del model, backbone
         yield world
+
+
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[Runtime]:
+    """A service without HTTP in front, while the block lasts."""
+    runtime = Runtime(settings)
+    try:
+        await runtime.start()
+        yield runtime
+    finally:
+        await runtime.close()

@@ -3,7 +3,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from loadtest.traffic import POPULARITIES, Popularity, picks, shares
+from loadtest.traffic import POPULARITIES, Popularity, arrivals, picks, shares
 
 CHOICES = [f"adapter-{i}" for i in range(8)]
 
@@ -55,3 +55,17 @@ def test_seeds_differ() -> None:
 def test_nothing_to_choose_from_is_an_error(popularity: Popularity) -> None:
     with pytest.raises(ValueError, match="nothing"):
         picks(popularity, [], seed=0)
+
+
+def test_arrivals_come_at_their_rates_in_order() -> None:
+    found = arrivals({"a": 30.0, "b": 3.0}, seconds=100.0, seed=0)
+    times = [due_s for due_s, _ in found]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] < 100
+    counts = Counter(choice for _, choice in found)
+    assert counts["a"] == pytest.approx(3000, rel=0.1) and counts["b"] == pytest.approx(300, rel=0.2)
+
+
+def test_who_else_comes_moves_nobody_s_arrivals() -> None:
+    both = arrivals({"a": 5.0, "b": 50.0}, seconds=10.0, seed=1)
+    assert [one for one in both if one[1] == "a"] == arrivals({"a": 5.0}, seconds=10.0, seed=1)
+    assert arrivals({"a": 5.0}, seconds=10.0, seed=1) != arrivals({"a": 5.0}, seconds=10.0, seed=2)
