@@ -19,19 +19,16 @@ import asyncio
 import io
 import json
 import math
-import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from PIL import Image
 import service.demo
 from adapters.config import AdapterConfig, AnswerDecoding, BackboneRef, Preprocessing
 from adapters.families import family_of
+from loadtest.serving import WAIT_S, Replica, serving
 from loadtest.traffic import picks
 from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.folder import load_blip
@@ -60,7 +58,6 @@ TOLERANCE = 1e-4
 MEMORY_TOLERANCE = 0.05
 QUESTION = "what colour is the big circle?"
 CANDIDATES = ("red", "green", "blue", "a big circle")
-WAIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -76,20 +73,6 @@ class Asked:
     digest: str = ""
     score: float = 0.0
     error: str | None = None
-
-
-@dataclass
-class Replica:
-    """A server process."""
-
-    url: str
-    pid: int
-    memory: list[int] = field(default_factory=list)  # resident bytes, once a second
-
-    def look(self) -> None:
-        """Note how much memory it takes."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def make_package(folder: Path, backbone: BlipBackbone, seed: int) -> str:
@@ -127,28 +110,6 @@ def pictures() -> list[bytes]:
         image.save(file, "PNG")
         drawn.append(file.getvalue())
     return drawn
-
-
-@contextmanager
-def serving(home: Path, settings: Settings) -> Iterator[Replica]:
-    """A replica while the block lasts."""
-    home.mkdir(parents=True, exist_ok=True)
-    given = settings.model_dump(exclude_unset=True) | {"home": home, "port": 0}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BANK_")}
-    environment |= {f"BANK_{name.upper()}": str(value) for name, value in given.items() if value is not None}
-    command = [sys.executable, "-m", "service.cli", "serve"]
-    with (home / "log.txt").open("wb") as log, (home / "out.txt").open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=log)
-    try:
-        end = time.monotonic() + WAIT_S
-        while not (found := re.search(r"http://[\d.]+:\d+", (home / "out.txt").read_text())):
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit((home / "log.txt").read_text())
-            time.sleep(0.1)
-        yield Replica(found[0], process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 class Load:

@@ -6,7 +6,7 @@ python -m loadtest.bench NAME [options]      --help after a name lists its optio
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, fairness, popularity, stages, swap
+from loadtest.bench import decode, fairness, http, popularity, stages, swap
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "stages": stages.main,
@@ -14,6 +14,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "swap": swap.main,
     "popularity": popularity.main,
     "fairness": fairness.main,
+    "http": http.main,
 }
 
 
