@@ -32,6 +32,7 @@ from loadtest.bench.worlds import World, random_world
 from service.backbone.base import Backbone
 from service.backbones import Backbones
 from service.bank import AdapterBank, fold_package
+from service.engine.engine import default_threads
 from service.folders import HomeFolders, open_registry
 from service.loader import Loader
 from service.metrics import Metrics
@@ -203,6 +204,8 @@ def main(words: Sequence[str]) -> None:
     bench = Bench("swap", __doc__, sorted(BLIP_SIZES, reverse=True), repeats=5)
     bench.parser.add_argument("--ranks", default="64,128,512")
     arguments = bench.start(words)
+    if not arguments.threads:
+        torch.set_num_threads(default_threads())  # as the device thread has, and those that load by it
     tables, values = [], []
     settings = {"device": arguments.device, "dtype": arguments.dtype}
     with random_world(BLIP_SIZES[arguments.size], **settings) as world:
