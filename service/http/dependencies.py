@@ -1,4 +1,7 @@
-"""What handlers are given: the running parts and the exchange they belong to."""
+"""What handlers are given: the running parts and the exchange they belong to.
+
+All are coroutines, though they wait for nothing: what is none is run in a thread, and the way there and back takes longer.
+"""
 
 from typing import Annotated
 
@@ -11,13 +14,13 @@ from service.http.exchange import Exchange
 from service.runtime import Runtime
 
 
-def runtime_of(request: Request) -> Runtime:
+async def runtime_of(request: Request) -> Runtime:
     """The parts behind the API."""
     runtime: Runtime = request.app.state.runtime
     return runtime
 
 
-def exchange_of(request: Request) -> Exchange:
+async def exchange_of(request: Request) -> Exchange:
     """The exchange a handler belongs to."""
     exchange: Exchange = request.state.exchange
     return exchange
@@ -27,7 +30,7 @@ RuntimeDep = Annotated[Runtime, Depends(runtime_of)]
 ExchangeDep = Annotated[Exchange, Depends(exchange_of)]
 
 
-def principal_of(exchange: ExchangeDep) -> Principal:
+async def principal_of(exchange: ExchangeDep) -> Principal:
     """Who asks."""
     return exchange.context.principal
 
@@ -35,7 +38,7 @@ def principal_of(exchange: ExchangeDep) -> Principal:
 PrincipalDep = Annotated[Principal, Depends(principal_of)]
 
 
-def view_of(runtime: RuntimeDep, principal: PrincipalDep) -> Snapshot:
+async def view_of(runtime: RuntimeDep, principal: PrincipalDep) -> Snapshot:
     """The registry as whoever asks may see it. Handlers read no other."""
     return runtime.loader.view(principal)
 
