@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -33,6 +34,7 @@ from loadtest.bench.loops import Throughput, closed_loop, percentile
 from loadtest.bench.models import BLIP_SIZES
 from loadtest.bench.worlds import random_world, started
 from loadtest.traffic import POPULARITIES, Popularity, picks
+from service.auth import LOCAL
 from service.bank import SlotLease
 from service.config import MIB, Settings
 from service.loader import Pin
@@ -142,20 +144,30 @@ async def measure(runtime: Runtime, case: Case, names: Sequence[str], arguments:
     """One turn of a case."""
     jobs = Jobs(runtime, case.job)
     late = LateLoads(runtime, jobs)
+    # Other draws for the critical path: what the turn before it brought in must be no help.
+    choices = picks(case.popularity, names[: case.num_adapters], seed=2 * seed + case.is_critical)
+    await settle(runtime, choices)
     ask = late.ask if case.is_critical else jobs.ask
-    choices = picks(case.popularity, names[: case.num_adapters], seed=seed)
-    loop = partial(closed_loop, ask, choices, in_flight=arguments.in_flight)
+    loop = partial(closed_loop, ask, choices, in_flight=arguments.in_flight, num_warm=arguments.in_flight)
     with late.installed() if case.is_critical else nullcontext():
-        await loop(num_requests=arguments.requests // 2)  # until the tiers hold what they hold in the long run
+        await loop(num_requests=arguments.in_flight)
         before = Counts.of(runtime)
-        done: Throughput = await loop(num_requests=arguments.requests, num_warm=arguments.in_flight)
-    sent = arguments.requests + 2 * arguments.in_flight
+        done: Throughput = await loop(num_requests=arguments.requests)
     return Turn(
         done.per_s,
         1000 * percentile(done.latencies_s, 0.5),
         1000 * percentile(done.latencies_s, 0.95),
-        **Counts.of(runtime).since(before, sent),
+        **Counts.of(runtime).since(before, arguments.requests + 2 * arguments.in_flight),
     )
+
+
+async def settle(runtime: Runtime, choices: Iterator[str]) -> None:
+    """Bring adapters to the host as they are drawn, until it holds what it holds in the long run."""
+    async with runtime.loader.pin(next(choices), LOCAL) as pin:
+        room = runtime.settings.host_cache_mib * MIB // runtime.bank.adapter(pin.digest).num_bytes
+    for name in islice(choices, 2 * room):
+        async with runtime.loader.pin(name, LOCAL):
+            pass
 
 
 def cases(arguments: Namespace) -> list[Case]:
@@ -242,7 +254,9 @@ def main(words: Sequence[str]) -> None:
     add("--rank", type=int, default=0, help="of the adapters; 0: 64 at base size, 16 at tiny")
     add("--slots", type=int, default=32)
     add("--in-flight", type=int, default=32, help="requests at a time")
-    add("--requests", type=int, default=256, help="measured in each turn of a row; half as many go before")
+    add(
+        "--requests", type=int, default=256, help="measured in each turn of a row, after twice as many as are in flight"
+    )
     add("--weights", type=int, default=64, help="packages that have weights of their own; the others share them")
     add("--host-cache-mib", type=int, default=0, help="BANK_HOST_CACHE_MIB; 0: room for some 140 adapters")
     add("--svg", help="file to draw a picture into")
