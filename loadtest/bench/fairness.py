@@ -155,6 +155,7 @@ def main(words: Sequence[str]) -> None:
     add("--load", type=float, default=0.7, help="of saturation, all twelve together")
     add("--seconds", type=float, default=10.0, help="of arrivals in each turn of a scene")
     add("--requests", type=int, default=256, help="of the closed loops that find saturation")
+    add("--max-batch-rows", type=int, default=64, help="BANK_MAX_BATCH_ROWS: whoever comes waits for a batch at least")
     arguments = bench.start(words)
     rank = RANKS[arguments.size]
     settings: dict[str, Any] = {
@@ -162,6 +163,7 @@ def main(words: Sequence[str]) -> None:
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "slots": f"{rank}:16",
+        "max_batch_rows": arguments.max_batch_rows,
         "media_workers": 1,
     }
     with random_world(BLIP_SIZES[arguments.size], **settings) as world:
