@@ -124,6 +124,7 @@ async def run(arguments: Namespace, settings: Settings) -> Measured:
             for scene in SCENES:
                 due = arrivals(rates[scene], seconds=arguments.seconds, seed=seed)
                 waits_for = (lambda name: name != HOT) if scene == "overload" else (lambda name: True)
+                await jobs.ask(HOT)  # behind what the scene before left under way
                 requests = await open_loop(jobs.ask, due, is_awaited=waits_for)
                 hot = [one for one in requests if one.choice == HOT]
                 rest = [one for one in requests if one.choice != HOT]

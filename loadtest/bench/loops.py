@@ -81,6 +81,7 @@ async def closed_loop(
         await enough.wait()
         for task in users:
             task.cancel()
+    await ask(next(choices))  # behind what is still under way, so that nothing of it is left for who measures next
     measured = ended[num_warm : num_warm + num_requests]
     return Throughput(measured[-1][0] - ended[num_warm - 1][0], tuple(latency for _, latency in measured))
 

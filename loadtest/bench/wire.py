@@ -55,7 +55,7 @@ class Connections:
 
     async def send(self, request: bytes) -> Reply:
         """Send a request and read its reply. Raises: OSError, asyncio.IncompleteReadError."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._place)
+        reader, writer = await self._connection()
         try:
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -69,6 +69,15 @@ class Connections:
         else:
             self._idle.append((reader, writer))
         return reply
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that is idle, or a new one: servers close those that are idle for long."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._place)
 
 
 def form(fields: Mapping[str, object], file: bytes, *, name: str = "image") -> tuple[str, bytes]:

@@ -43,6 +43,30 @@ def test_connections_are_kept_until_the_server_closes_them() -> None:
     assert opened == [[b"one", b"two", b"last"], [b"last"]]
 
 
+def test_a_connection_that_the_server_closed_while_it_was_idle_is_replaced() -> None:
+    num_opened = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_opened
+        num_opened += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+
+    async def story() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, Connections(f"http://127.0.0.1:{port}") as connections:
+            for _ in range(2):
+                assert (await connections.send(connections.post("/", "text/plain", b""))).status == 200
+                await asyncio.sleep(0.5)
+
+    asyncio.run(story())
+    assert num_opened == 2
+
+
 def test_a_reply_that_breaks_off_is_an_error() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
