@@ -6,7 +6,7 @@ python -m loadtest.bench NAME [options]      --help after a name lists its optio
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, fairness, http, popularity, stages, swap
+from loadtest.bench import decode, fairness, http, peers, popularity, stages, swap
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "stages": stages.main,
@@ -15,6 +15,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "popularity": popularity.main,
     "fairness": fairness.main,
     "http": http.main,
+    "peers": peers.main,
 }
 
 

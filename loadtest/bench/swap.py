@@ -15,15 +15,15 @@ of copying them, nothing at all, and then no rate is given.
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from adapters.artifacts.local import LocalArtifactStore
+from adapters.families.slots import Weights
 from adapters.package import WEIGHTS_FILE, parse_package
 from adapters.registry import VersionRecord
 from loadtest.bench.harness import Bench, Spread, Table, take_turns
@@ -31,7 +31,7 @@ from loadtest.bench.models import BLIP_SIZES
 from loadtest.bench.worlds import World, random_world
 from service.backbone.base import Backbone
 from service.backbones import Backbones
-from service.bank import AdapterBank, fold_package
+from service.bank import AdapterBank
 from service.engine.engine import default_threads
 from service.folders import HomeFolders, open_registry
 from service.loader import Loader
@@ -128,7 +128,7 @@ class Site:
         return {
             "of it: read, digest": lambda: self.store.read(digest),
             "of it: parse, check, digests": lambda: parse_package(files, dims=dims),
-            "of it: fold, cast, check": lambda: fold_package(package, dims, self.backbone.dtype),
+            "of it: fold, cast, check, pack": lambda: self.roomy.fold(package),
         }
 
     def package_bytes(self) -> int:
@@ -137,21 +137,18 @@ class Site:
 
     def slot_bytes(self) -> int:
         """Bytes of a filled slot."""
-        return _num_bytes(self._slot().values())
+        self._slot()
+        return self.roomy.residency()["device"][self.records[0].weights_digest]
 
     def slot_is_host(self) -> bool:
         """Whether a slot is the host's memory rather than a copy of it."""
         slot, host = self._slot(), self.roomy.adapter(self.records[0].weights_digest).tensors
-        return all(slot[name].data_ptr() == tensor.data_ptr() for name, tensor in host.items())
+        return all(slot[name] is tensor for name, tensor in host.items())
 
-    def _slot(self) -> dict[str, Tensor]:
+    def _slot(self) -> Weights:
         lease = self.roomy.lease(self.records[0].weights_digest)
         lease.release()
-        return dict(lease.view.tensors)
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return lease.view.tensors
 
 
 def forget(path: Path) -> None:
@@ -210,15 +207,16 @@ def main(words: Sequence[str]) -> None:
     settings = {"device": arguments.device, "dtype": arguments.dtype}
     with random_world(BLIP_SIZES[arguments.size], **settings) as world:
         backbone = world.load_backbone()
-        rates, is_host = [], False
+        rates = []
         for rank in map(int, arguments.ranks.split(",")):
             site = Site(world, backbone, rank)
             rows, rate = measure(site, rank, arguments.repeats)
-            is_host = site.slot_is_host()
+            refers = "a slot refers to the host's tensors" if site.slot_is_host() else "a slot is a copy"
             site.close()
             rates.append(rate)
             values += rows
-            tables.append(Table(f"rank {rank}, {arguments.dtype}", COLUMNS, [row.cells() for row in rows]))
+            title = f"rank {rank}, {arguments.dtype}: {refers}"
+            tables.append(Table(title, COLUMNS, [row.cells() for row in rows]))
     place = "the same memory" if arguments.device == "cpu" else "copied over the bus"
     facts = Table(
         "the machine",
@@ -226,10 +224,9 @@ def main(words: Sequence[str]) -> None:
         [
             ("large copy, host to device, MB/s", max(rates) / 1e6),
             ("device and host", place),
-            ("a slot", "refers to the host's tensors" if is_host else "is a copy"),
         ],
     )
     bench.report(
         [facts, *tables],
-        {"copy_bytes_per_s": max(rates), "slot_is_host": is_host, "rows": [vars(row) for row in values]},
+        {"copy_bytes_per_s": max(rates), "rows": [vars(row) for row in values]},
     )
