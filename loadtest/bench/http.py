@@ -30,7 +30,6 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -115,6 +114,14 @@ def draw_pictures(count: int) -> list[bytes]:
     return pictures
 
 
+_numbers = itertools.count()
+
+
+def unseen(picture: bytes) -> bytes:
+    """The same picture as a file that nobody has sent yet: what the service keeps of others does not answer for it."""
+    return picture + next(_numbers).to_bytes(8, "big")  # behind its end, where no decoder looks
+
+
 @contextmanager
 def served_home(size: str, **settings: Any) -> Iterator[Settings]:
     """A home with a backbone and two adapters, ASK and FIND."""
@@ -158,28 +165,32 @@ def over_http(connections: Connections, pictures: Sequence[bytes]) -> dict[str, 
     def as_json(path: str, fields: dict[str, object]) -> bytes:
         return connections.post(path, "application/json", json.dumps(fields).encode())
 
-    requests = {"vqa, form": [connections.post("/v1/vqa", *form(asked, picture)) for picture in pictures]}
-    encoded = [base64.b64encode(picture).decode() for picture in pictures]
-    requests["vqa, JSON"] = [as_json("/v1/vqa", asked | {"image": {"base64": text}}) for text in encoded]
+    def as_base64(picture: bytes) -> bytes:
+        return as_json("/v1/vqa", asked | {"image": {"base64": base64.b64encode(picture).decode()}})
+
     items: list[dict[str, object]] = [{"gallery": GALLERY, "item": str(number)} for number in range(len(pictures))]
-    requests["vqa, gallery item"] = [as_json("/v1/vqa", asked | {"image": item}) for item in items]
+    requests = {"vqa, gallery item": [as_json("/v1/vqa", asked | {"image": item}) for item in items]}
     search: dict[str, object] = {"gallery": GALLERY, "query": {"text": SENTENCE}, "k": NUM_HITS}
     requests["retrieve"] = [as_json("/v1/retrieve", search)] * len(pictures)
 
-    async def send(made: Sequence[bytes], number: int) -> Reply:
-        reply = await connections.send(made[number])
+    async def send(made: bytes) -> Reply:
+        reply = await connections.send(made)
         if reply.status != 200:
             raise RuntimeError(f"{reply.status}: {reply.body.decode()}")
         return reply
 
-    return {kind: partial(send, made) for kind, made in requests.items()}
+    uploads: dict[str, Callable[[int], Awaitable[Reply]]] = {
+        "vqa, form": lambda number: send(connections.post("/v1/vqa", *form(asked, unseen(pictures[number])))),
+        "vqa, JSON": lambda number: send(as_base64(unseen(pictures[number]))),
+    }
+    return uploads | {kind: lambda number, made=made: send(made[number]) for kind, made in requests.items()}
 
 
 def by_pipeline(runtime: Runtime, pictures: Sequence[bytes]) -> dict[str, Send]:
     """By kind of request."""
 
     async def ask(number: int) -> None:
-        media = MediaBytes("image", pictures[number])
+        media = MediaBytes("image", unseen(pictures[number]))
         await runtime.vqa.answer(VqaQuery(ASK, QUESTION, media, GenerateDecode()), context())
 
     async def ask_item(number: int) -> None:

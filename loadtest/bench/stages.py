@@ -110,6 +110,7 @@ def make_stage(name: str, model: Blip, batch: int, resolution: int) -> Stage:
 
     def step(adaptation: Adaptation | None) -> Tensor:
         cache.length = WRITTEN
+        cache.positions.fill_(WRITTEN)
         return decoder.step(ids[:, 0], cache, memory, adaptation)
 
     def flat(t: Tensor) -> Tensor:

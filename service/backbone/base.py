@@ -74,6 +74,10 @@ class Backbone(ABC):
         """One digest over all parts, for people and logs; adapters name parts instead."""
         return json_digest(dict(self.parts))
 
+    def part_sizes(self) -> dict[str, int]:
+        """How many numbers the weights of each part are, packed or not."""
+        return {part: sum(t.numel() for t in tensors.values()) for part, tensors in part_tensors(self.model).items()}
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -129,8 +129,7 @@ def _tunable_share(package: Path, runtime: Runtime) -> float:
     read = read_package(package)
     tuned = sum(t.numel() for name, t in read.tensors.items() if "adapter_layer_norm_cross_modal" not in name)
     others = {name for name in ("vit", "timesformer", "ast") if name not in read.config.backbone.parts}
-    model = runtime.backbone.model
-    return tuned / sum(p.numel() for name, p in model.named_parameters() if name.partition(".")[0] not in others)
+    return tuned / sum(size for part, size in runtime.backbone.part_sizes().items() if part not in others)
 
 
 def table(results: Results) -> str:

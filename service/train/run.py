@@ -103,7 +103,7 @@ def family_training(options: TrainOptions, backbone: Backbone) -> FamilyTraining
 
 def _tuned_share(adapter: TrainableAdapter, backbone: Backbone) -> str:
     """How much of the backbone's size is tuned, in words."""
-    num_frozen = sum(p.numel() for p in backbone.model.parameters())
+    num_frozen = sum(backbone.part_sizes().values())
     share = 100 * adapter.num_parameters / num_frozen
     return f"{adapter.num_parameters:,} parameters, {share:.2f} % of the backbone's {num_frozen:,}"
 
