@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from adapters.config import AdapterConfig, BackboneRef, Preprocessing
+from adapters.families import family_of
 from adapters.families.base import BlipDims, SlotView
-from adapters.families.uniadapter import UniAdapter, init_tensors
+from adapters.families.uniadapter import init_tensors
 from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, SpecialIds, TextConfig, VisionConfig
 from service.bank import AdapterBank, HostAdapter
 from service.metrics import Metrics
 
+FAMILY = family_of("uniadapter")
 IDS = SpecialIds(pad=0, cls=1, sep=2, bos=3, enc=4)
 
 
@@ -66,11 +68,11 @@ def adapter_dims(config: BlipConfig) -> BlipDims:
 
 def fold_adapters(config: BlipConfig, rank: int, count: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """The folded tensors of `count` different UniAdapters, on the host."""
-    family, adapter, dims = UniAdapter(), adapter_config(config, rank), adapter_dims(config)
+    adapter, dims = adapter_config(config, rank), adapter_dims(config)
     folded = []
     for seed in range(count):
         tensors = init_tensors(adapter, dims, torch.Generator().manual_seed(seed))
-        folded.append({name: tensor.to(dtype) for name, tensor in family.fold(adapter, tensors, dims).items()})
+        folded.append({name: tensor.to(dtype) for name, tensor in FAMILY.fold(adapter, tensors, dims).items()})
     return folded
 
 
@@ -87,7 +89,7 @@ def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
     )
     views = []
     for number, folded in enumerate(fold_adapters(model.config, rank, count, model.dtype)):
-        adapter = HostAdapter(str(number), adapter_config(model.config, rank), UniAdapter(), rank, folded)
+        adapter = HostAdapter(str(number), adapter_config(model.config, rank), FAMILY, rank, folded)
         bank.put(bank.lay_out(adapter))
         views.append(bank.lease(adapter.digest).view)
     return views
