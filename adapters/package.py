@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -126,21 +126,47 @@ def read_probe(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
     return _parse_probe(files[PROBE_FILE]) if PROBE_FILE in files else None
 
 
-def parse_package(files: Mapping[str, bytes], *, dims: BackboneDims | None = None) -> Package:
-    """Check the files of a package, by name. Raises: see `read_package`."""
+class KnownDigests(NamedTuple):
+    """What is known of files that were parsed before: their digest, and that of their weights."""
+
+    package: str
+    weights: str
+
+
+def parse_package(
+    files: Mapping[str, bytes], *, dims: BackboneDims | None = None, known: KnownDigests | None = None
+) -> Package:
+    """Check the files of a package, by name. Raises: see `read_package`.
+
+    Of files that were parsed before, and are the same by their digest, `known` saves reading all numbers thrice more.
+    """
     _check_names(files)
     config = AdapterConfig.parse(files[CONFIG_FILE])
     tensors = _parse_tensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
-    check_tensors(config, tensors, dims)
+    check_names_and_shapes(config, tensors, dims)
+    if known is None:
+        _check_finite(tensors, WEIGHTS_FILE)
+        known = KnownDigests(files_digest(files), weights_digest(config, tensors))
     probe = _parse_probe(files[PROBE_FILE]) if PROBE_FILE in files else None
-    return Package(None, config, tensors, weights_digest(config, tensors), files_digest(files), probe)
+    return Package(None, config, tensors, known.weights, known.package, probe)
 
 
 def check_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor], dims: BackboneDims | None = None) -> None:
     """Refuse tensors that are not exactly those the config demands, in name, shape and dtype, or not finite.
 
-    Raises: TensorMismatch, NonFiniteTensor; InvalidPackage for a wrong family, option or head; BackboneMismatch when
-    `dims` are not the sizes the config names.
+    Raises: NonFiniteTensor; see `check_names_and_shapes`.
+    """
+    check_names_and_shapes(config, tensors, dims)
+    _check_finite(tensors, WEIGHTS_FILE)
+
+
+def check_names_and_shapes(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], dims: BackboneDims | None = None
+) -> None:
+    """Refuse tensors that are not exactly those the config demands, in name, shape and dtype.
+
+    Raises: TensorMismatch; InvalidPackage for a wrong family, option or head; BackboneMismatch when `dims` are not the
+    sizes the config names.
     """
     expected = expected_shapes(config, dims or family_of(config.family).derived_dims(config, tensors))
     wrong = [
@@ -161,7 +187,6 @@ def check_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor], dims: Ba
     ]
     if any(wrong):
         raise TensorMismatch(f"tensors {'; '.join(filter(None, wrong))}", param=WEIGHTS_FILE)
-    _check_finite(tensors, WEIGHTS_FILE)
 
 
 def expected_shapes(config: AdapterConfig, dims: BackboneDims) -> dict[str, tuple[int, ...]]:

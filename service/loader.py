@@ -25,7 +25,7 @@ from adapters.errors import (
     RegistryUnavailable,
 )
 from adapters.families import epalm, family_of
-from adapters.package import CONFIG_FILE, Package, check_backbone, parse_package
+from adapters.package import CONFIG_FILE, KnownDigests, Package, check_backbone, parse_package
 from adapters.registry import (
     AliasReference,
     BaseReference,
@@ -98,6 +98,7 @@ class Loader:
         self._lock = threading.Lock()  # over alias resolution and hold, and over _loads
         self._state = _first_state(registry)
         self._views = Views()
+        self._known_weights: dict[str, str] = {}  # digests of the weights of packages that were read before
         self._watcher: asyncio.Task[None] | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
@@ -357,7 +358,9 @@ class Loader:
         try:
             files = self._artifacts.read(record.package_digest)
             config = AdapterConfig.parse(files.get(CONFIG_FILE, b""))
-            package = parse_package(files, dims=self._backbones.hosting(config).dims())
+            known = self._known_weights.get(record.package_digest)  # the store has compared the files with this digest
+            digests = None if known is None else KnownDigests(record.package_digest, known)
+            package = parse_package(files, dims=self._backbones.hosting(config).dims(), known=digests)
         except BackboneMismatch:
             raise
         except (ArtifactNotFound, InvalidPackage) as error:
@@ -365,6 +368,7 @@ class Loader:
             raise AdapterDamaged(message, param="adapter") from error
         if package.package_digest != record.package_digest:
             raise AdapterDamaged(f"the stored package of {record.reference} is damaged: other bytes", param="adapter")
+        self._known_weights[package.package_digest] = package.weights_digest
         return package
 
     def check(self, record: VersionRecord, *, hold: bool = False) -> None:

@@ -27,12 +27,15 @@ from adapters.errors import (
 )
 from adapters.families.base import BlipDims
 from adapters.package import (
+    CONFIG_FILE,
     FILES,
+    KnownDigests,
     check_backbone,
     copy_package,
     expected_shapes,
     files_digest,
     pack_tar,
+    parse_package,
     read_files,
     read_package,
     read_probe,
@@ -582,3 +585,16 @@ def test_unpacking_leaves_a_taken_target_alone(tmp_path: Path) -> None:
     package = make_package(tmp_path / "p")
     with pytest.raises(Conflict):
         unpack_tar(io.BytesIO(packed(package)), package, max_bytes=10**6)
+
+
+def test_what_is_known_of_files_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the numbers is checked as ever."""
+    package = read_package(make_package(tmp_path / "package"))
+    files = read_files(tmp_path / "package")
+    known = KnownDigests(package.package_digest, package.weights_digest)
+    monkeypatch.setattr("adapters.package.hashlib", None)
+    again = parse_package(files, known=known)
+    assert (again.package_digest, again.weights_digest) == (package.package_digest, package.weights_digest)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in package.tensors.items())
+    with pytest.raises(InvalidPackage):
+        parse_package({**files, CONFIG_FILE: b"{}"}, known=known)
