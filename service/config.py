@@ -72,6 +72,9 @@ class Settings(BaseSettings):
         le=1000,
         description="How long a job may wait for others to share its batch while the device is idle.",
     )
+    max_batch_ms: float = Field(
+        default=500.0, gt=0, description="Device time of a batch of several jobs, by their cost and the speed so far."
+    )
     max_queue_seconds: float = Field(
         default=20.0, gt=0, description="Admitted work, in seconds of measured device time; above it requests get 429."
     )

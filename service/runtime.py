@@ -112,6 +112,7 @@ class Runtime:
             on_fatal=on_fatal,
             num_threads=settings.threads,
             max_wait_s=settings.max_batch_wait_ms / 1000,
+            max_batch_s=settings.max_batch_ms / 1000,
         )
         self.media = MediaWorkers(settings.media_workers, _media_limits(settings))
         self.loader = Loader(self.registry, self.artifacts, self.backbones, self.metrics)

@@ -12,18 +12,19 @@ foreground has nothing to run, and otherwise gets a small guaranteed share. Ever
 """
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.types import Batch, Job
+from service.types import Batch, Job, Stage
 
 BACKGROUND_SHARE = 0.05
 AGEING_FLOWS = 16  # with more flows than these waiting, the order of arrival begins to count
 MAX_PASSED_OVER = 256  # jobs that one batch may skip for want of a slot; they come first in the next
 
-Group = tuple[str, str, tuple[int, ...]]  # backbone, stage, shape
+Group = tuple[str, Stage, tuple[int, ...]]  # backbone, stage, shape
 Flow = tuple[str, str]
 Stamped = tuple[float, int]  # stamp and job number: the order of a group's heap
 
@@ -100,18 +101,19 @@ class _Lane:
             heapq.heappop(heap)
         return heap[0] if heap else None
 
-    def pack(self, group: Group, limits: BatchLimits, may_join: Callable[[Job], bool]) -> list[Job]:
+    def pack(self, group: Group, limits: BatchLimits, max_cost: float, may_join: Callable[[Job], bool]) -> list[Job]:
         """Take the first jobs of a group that fit together and may join."""
         heap = self.groups[group]
         packed: list[Job] = []
         passed_over: list[Stamped] = []
         refused: set[str] = set()
         rows = tokens = 0
+        cost = 0.0
         first_stamp = 0.0
         while (head := self._head(heap)) is not None and len(passed_over) < MAX_PASSED_OVER:
             job = self.jobs[head[1]]
             fits = rows + job.rows <= limits.max_rows and tokens + job.tokens <= limits.max_tokens
-            if packed and not fits:
+            if packed and not (fits and cost + job.cost <= max_cost):
                 break
             heapq.heappop(heap)
             if job.adapter in refused or not may_join(job):
@@ -120,7 +122,7 @@ class _Lane:
                 continue
             first_stamp = first_stamp if packed else head[0]
             packed.append(job)
-            rows, tokens = rows + job.rows, tokens + job.tokens
+            rows, tokens, cost = rows + job.rows, tokens + job.tokens, cost + job.cost
         for stamped in passed_over:
             heapq.heappush(heap, stamped)
         self._run(packed, first_stamp)
@@ -192,15 +194,18 @@ class Scheduler:
     def _waiting(self, number: int) -> Job | None:
         return self._foreground.jobs.get(number) or self._background.jobs.get(number)
 
-    def next_batch(self, may_join: Callable[[Job], bool]) -> Batch | None:
+    def next_batch(
+        self, may_join: Callable[[Job], bool], max_cost: Callable[[Stage], float] = lambda stage: math.inf
+    ) -> Batch | None:
         """Take the next batch out; None when nothing waits or nothing may run.
 
+        A batch of several jobs costs no more than `max_cost` of its stage, so that nobody waits long for one to end.
         `may_join` is asked about each job about to join (it takes the adapter's slot). A job it refuses stays, and the
         others of that adapter with it; they come first next time.
         """
         for lane in self._lanes():
             for group in lane.order():
-                jobs = lane.pack(group, self.limits, may_join)
+                jobs = lane.pack(group, self.limits, max_cost(group[1]), may_join)
                 if jobs:
                     self._account(lane, sum(job.cost for job in jobs))
                     return Batch(tuple(jobs))

@@ -6,6 +6,7 @@ batches get half of the device's time.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -26,13 +27,14 @@ from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
 from service.metrics import Metrics
 from service.scheduler import Scheduler, is_late
-from service.types import Batch, Job, StageOutput
+from service.types import Batch, Job, Stage, StageOutput
 
 log = logging.getLogger(__name__)
 
 Result = Future[StageOutput]
 STOP_TIMEOUT_S = 30.0
 RETRY_S = 0.01  # when jobs wait and none may run: somebody else holds every slot
+SMOOTHING = 0.2  # of what is learnt of a stage's speed
 WRITE = "write"  # the stage label of a word of every text that is being written
 
 
@@ -95,8 +97,11 @@ class Engine:
         on_fatal: Callable[[BaseException], None],
         num_threads: int = 0,
         max_wait_s: float = 0.0,
+        max_batch_s: float = math.inf,
     ) -> None:
-        """`max_wait_s`: how long a job may wait for others to share its batch while the device has nothing to do."""
+        """`max_wait_s`: how long a job may wait for others to share its batch while the device has nothing to do.
+        `max_batch_s`: how long a batch of several jobs may take, by their cost and the speed of the stage so far.
+        """
         self.backbones = backbones
         self._scheduler = scheduler
         self._metrics = metrics
@@ -104,6 +109,8 @@ class Engine:
         self._on_fatal = on_fatal
         self._num_threads = num_threads
         self._max_wait_s = max_wait_s
+        self._max_batch_s = max_batch_s
+        self._speeds: dict[Stage, float] = {}  # cost a second, smoothed
         for hosted in backbones:
             hosted.bank.is_wanted = scheduler.is_wanted
         self._texts: list[Texts] = []
@@ -212,7 +219,7 @@ class Engine:
         """Take a batch and its slots, run it and settle its futures; False when there is none that may run."""
         self._new_rows = 0
         with batch_leases() as leases:
-            batch = self._scheduler.next_batch(lambda job: self._join(job, leases))
+            batch = self._scheduler.next_batch(lambda job: self._join(job, leases), self._max_cost)
             self._report_queue()
             if batch is None:
                 return False
@@ -269,6 +276,12 @@ class Engine:
             # Alive, it fails alone when it runs, with its own error; dead, it is let go next round.
             return not self._is_dead(job)
 
+    def _max_cost(self, stage: Stage) -> float:
+        """What a batch may cost. Texts end one by one and are read in little time, so they have no such limit."""
+        if stage == "generate" or stage not in self._speeds:
+            return math.inf
+        return self._max_batch_s * self._speeds[stage]
+
     def _may_come_in(self, job: Job) -> bool:
         """Beside texts being written: a new one while there is room, another job once the texts had their half of the time."""
         if job.stage != "generate":
@@ -294,7 +307,10 @@ class Engine:
             return
         seconds = time.perf_counter() - start
         self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
-        self._measured(sum(job.cost for job in batch.jobs), seconds)
+        cost = sum(job.cost for job in batch.jobs)
+        self._measured(cost, seconds)
+        speed = cost / max(seconds, 1e-9)
+        self._speeds[batch.stage] = SMOOTHING * speed + (1 - SMOOTHING) * self._speeds.get(batch.stage, speed)
         leases.release()
         for job, output in zip(batch.jobs, outputs, strict=True):
             self._set_output(job, output)

@@ -392,3 +392,22 @@ def test_nothing_is_remembered_of_what_has_left() -> None:
         assert not lane.jobs
         assert lane.num_waiting_flows == 0
         assert len(lane.flows) < 1500
+
+
+def test_a_batch_costs_no_more_than_it_may() -> None:
+    """A job above the limit runs alone; the limit is asked for each stage."""
+    scheduler = Scheduler(BatchLimits(max_rows=64, max_tokens=1 << 20))
+    jobs = [job(cost=cost) for cost in (3.0, 3.0, 3.0, 9.0, 1.0)]
+    for one in jobs:
+        scheduler.add(one)
+    asked: list[str] = []
+
+    def max_cost(stage: str) -> float:
+        asked.append(stage)
+        return 7.0
+
+    sizes = []
+    while (batch := scheduler.next_batch(lambda one: True, max_cost)) is not None:
+        sizes.append([one.cost for one in batch.jobs])
+    assert all(sum(costs) <= 7.0 or len(costs) == 1 for costs in sizes) and sum(map(len, sizes)) == 5
+    assert [9.0] in sizes and set(asked) == {jobs[0].stage}
