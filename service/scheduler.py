@@ -164,6 +164,11 @@ class Scheduler:
         """Whether a waiting job needs an adapter."""
         return any(adapter in lane.adapters for lane in (self._foreground, self._background))
 
+    @property
+    def is_background_due(self) -> bool:
+        """Whether the background may run before the foreground's next batch."""
+        return self._background_due > 0
+
     def add(self, job: Job) -> None:
         """Queue a job."""
         self._lane(job).add(job)

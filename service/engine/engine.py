@@ -115,6 +115,7 @@ class Engine:
             hosted.bank.is_wanted = scheduler.is_wanted
         self._texts: list[Texts] = []
         self._new_rows = 0  # of texts that the batch being formed would begin
+        self._first: Job | None = None  # it waits for room or a slot that texts have: no text begins before it
         self._writing_due_s = 0.0  # device time that others had since texts were last written
         self._results: dict[int, Result] = {}
         self._inbox: deque[Job] = deque()
@@ -218,11 +219,15 @@ class Engine:
     def _run_next(self) -> bool:
         """Take a batch and its slots, run it and settle its futures; False when there is none that may run."""
         self._new_rows = 0
+        if self._first is not None and (not self._texts or self._is_dead(self._first)):
+            self._first = None
         with batch_leases() as leases:
             batch = self._scheduler.next_batch(lambda job: self._join(job, leases), self._max_cost)
             self._report_queue()
             if batch is None:
                 return False
+            if self._first in batch.jobs:
+                self._first = None
             if batch.stage == "generate":
                 self._begin(batch, leases)
                 return True
@@ -267,7 +272,10 @@ class Engine:
         if self._texts and not self._may_come_in(job):
             return False
         try:
+            is_leading = not leases.num_adapters
             has_slot = leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
+            if not has_slot and is_leading:
+                self._keep_for(job)
             self._new_rows += job.rows if has_slot and job.stage == "generate" else 0
             return has_slot
         except Exception as error:
@@ -283,11 +291,25 @@ class Engine:
         return self._max_batch_s * self._speeds[stage]
 
     def _may_come_in(self, job: Job) -> bool:
-        """Beside texts being written: a new one while there is room, another job once the texts had their half of the time."""
+        """Beside texts being written: a new one while there is room, another job once the texts had their half of the time.
+
+        No text comes in before one that was first in the queue and found no room or no slot: texts that come and go would
+        never leave it any.
+        """
         if job.stage != "generate":
             return self._writing_due_s <= 0
+        if self._first is not None and job is not self._first:
+            return False
         num_rows = sum(texts.num_rows for texts in self._texts)
-        return num_rows + self._new_rows + job.rows <= self._scheduler.limits.max_rows
+        has_room = num_rows + self._new_rows + job.rows <= self._scheduler.limits.max_rows
+        if not has_room and not self._new_rows:
+            self._keep_for(job)
+        return has_room
+
+    def _keep_for(self, job: Job) -> None:
+        """A job found that texts have all room or slots: what they leave is kept for it. Background work asks in its turn."""
+        if self._texts and self._first is None and (not job.background or self._scheduler.is_background_due):
+            self._first = job
 
     def _observe(self, stage: str, num_jobs: int, num_adapters: int, seconds: float) -> None:
         self._metrics.batch_seconds.labels(stage).observe(seconds)

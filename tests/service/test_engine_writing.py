@@ -6,6 +6,7 @@ A script stands in place of the model: `Words` texts end after as many words as 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.service.test_engine import WAIT_S, Scripted, job, put_adapters, set_c
 from tests.service.worlds import World, make_bank
 
 MAX_ROWS = 4
+NUMBERS = count(1_000_000)  # of jobs that are copies of others
 
 
 def text(num_words: int, adapter: str = BASE_ADAPTER, *, beams: int = 1, timeout_s: float = WAIT_S) -> Job:
@@ -262,3 +264,60 @@ def test_a_lone_job_waits_for_company_no_longer_than_it_is_told(
     late = scripted.engine.submit(replace(job(), submitted_at=0.0))
     scripted.engine.step()
     assert late.done()
+
+
+def rounds_until(scripted: ScriptedTexts, waiting: Sequence[Future[StageOutput]], comes: Job) -> int:
+    """How many rounds it takes, with another text like `comes` submitted before each."""
+    for rounds in range(200):
+        if all(result.done() for result in waiting):
+            return rounds
+        scripted.engine.submit(replace(comes, number=next(NUMBERS)))
+        scripted.engine.step()
+    return 200
+
+
+def test_texts_of_one_adapter_do_not_keep_its_slot_from_another_for_ever(scripted: ScriptedTexts, world: World) -> None:
+    busy, other = put_adapters(scripted, world, (8, 8))  # there is one slot of rank 8
+    scripted.engine.submit(text(3, busy))
+    scripted.engine.step()
+    waiting = [scripted.engine.submit(text(2, other)), scripted.engine.submit(job(other))]
+    assert rounds_until(scripted, waiting, text(3, busy)) < 10
+    while scripted.engine._has_work:
+        scripted.engine.step()
+    assert scripted.is_at_rest() and scripted.engine._first is None
+
+
+def test_narrow_texts_do_not_keep_room_from_a_wide_one_for_ever(scripted: ScriptedTexts) -> None:
+    for _ in range(2):
+        scripted.engine.submit(text(3))
+        scripted.engine.step()
+    wide = scripted.engine.submit(text(2, beams=MAX_ROWS))
+    assert rounds_until(scripted, [wide], text(3)) < 10
+
+
+def test_texts_come_in_again_when_who_waited_for_room_has_left(scripted: ScriptedTexts) -> None:
+    scripted.engine.submit(text(50))
+    scripted.engine.step()
+    wide = scripted.engine.submit(text(2, beams=MAX_ROWS))
+    scripted.engine.step()
+    narrow = scripted.engine.submit(text(2))
+    scripted.engine.step()
+    assert scripted.engine._first is not None and len(scripted.words[-1]) == 1
+    wide.cancel()
+    scripted.engine.step()
+    assert len(scripted.words[-1]) == 2
+    scripted.engine.step()
+    assert narrow.done()
+
+
+def test_background_work_keeps_texts_out_only_in_its_turn(scripted: ScriptedTexts, world: World) -> None:
+    busy, other = put_adapters(scripted, world, (8, 8))
+    scripted.engine.submit(text(50, busy))
+    scripted.engine.step()
+    probe = scripted.engine.submit(job(other, background=True))
+    scripted.engine.step()
+    assert not probe.done() and scripted.engine._first is None
+    scripted.engine.submit(text(2, busy))
+    scripted.engine.step()  # which earns the background a share
+    scripted.engine.step()
+    assert scripted.engine._first is not None
