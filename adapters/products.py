@@ -19,9 +19,14 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
-    """activation(x @ weight.T + bias), [..., out] of x [..., in]; `weight` [out, in] may be packed. GELU is the exact one."""
+    """activation(x @ weight.T + bias), [..., out] of x [..., in]; `weight` [out, in] may be packed. GELU is the exact one.
+
+    Raises: RuntimeError where a gradient would have to flow through a packed matrix.
+    """
     if not weight.is_mkldnn:
         return activate(functional.linear(x, weight, bias), activation)
+    if x.requires_grad and torch.is_grad_enabled():  # torch would only warn, and go on without it
+        raise RuntimeError("no gradient flows through a packed matrix: train on a model that is not packed")
     algorithm = "none" if activation == "gelu" else ""  # of GELU: not the tanh approximation
     product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     assert isinstance(product, Tensor)

@@ -66,3 +66,11 @@ def test_operations_that_do_not_work_are_not_used(monkeypatch: pytest.MonkeyPatc
         products, "linear", lambda x, weight, bias, activation: torch.full((3, 6), float(weight.is_mkldnn))
     )
     assert not can_pack.__wrapped__(CPU, torch.float32)
+
+
+def test_a_gradient_that_a_packed_matrix_cannot_give_is_refused() -> None:
+    weight, x = torch.randn(6, 5), torch.randn(2, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="not packed"):
+        linear(x, pack(weight), None)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, pack(weight), None), functional.linear(x, weight))
