@@ -128,7 +128,8 @@ class _Bucket:
         """Bytes of a slot: its part of the stack, or what it refers to."""
         if self.stack is not None:
             return sum(_num_bytes(tensor[0]) for tensor in self.stack.values())
-        return 0 if slot.view is None else sum(map(_num_bytes, slot.view.tensors.values()))
+        view = slot.view  # looked at once: others ask while the device thread empties and fills slots
+        return 0 if view is None else sum(map(_num_bytes, view.tensors.values()))
 
 
 class AdapterBank:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
-from adapters.families.base import Site
+from adapters.families.base import Site, SlotView
 from adapters.families.uniadapter import UniAdapter
 from adapters.package import Package
 from adapters.products import unpack
@@ -378,6 +378,27 @@ def test_wide_slots_of_a_cpu_refer_to_packed_adapters_on_the_host(backbone: Back
 
 def bytes_of_heads(backbone: Backbone) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in backbone.head_tensors().values())
+
+
+def test_a_slot_that_is_emptied_while_its_bytes_are_counted_has_none_or_all(backbone: Backbone) -> None:
+    """Who reads metrics or unloads counts on another thread than the one that writes slots."""
+
+    class Emptied:
+        """Looked at a second time, it is empty."""
+
+        def __init__(self) -> None:
+            self.views: list[SlotView] = [view]
+
+        @property
+        def view(self) -> SlotView | None:
+            return self.views.pop() if self.views else None
+
+    bank = make_bank(backbone, ((8, 1),), packed_from=8)
+    adapter = bank.fold(package_of(backbone, 8, 1))
+    bank.put(adapter)
+    view = bank.lease(adapter.digest).view
+    (bucket,) = bank._buckets.values()
+    assert bucket.num_bytes(Emptied()) == bucket.num_bytes(bucket.slots[0]) > 0  # type: ignore[arg-type]
 
 
 def test_rows_of_neighbouring_slots_can_be_put_side_by_side(backbone: Backbone, adapters: list[HostAdapter]) -> None:
