@@ -22,7 +22,6 @@ from service.backbone.base import Backbone
 from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.config import TextConfig
 from service.backbone.opt_backbone import OptBackbone
-from service.bank import fold_package
 from service.loader import Pin
 from service.pipelines.blip import BlipStages, frame_similarities, weighs_frames
 from service.pipelines.opt import OptStages
@@ -111,7 +110,7 @@ async def lodged(package: Package, stages: AnyStages) -> AsyncIterator[Pin]:
     bank = stages.bank
     digest = f"probe:{secrets.token_hex(16)}"  # no reference, and no digest of weights, has this form
     named = replace(package, weights_digest=digest)
-    adapter = await asyncio.to_thread(fold_package, named, stages.backbone.dims(), bank.dtype)
+    adapter = await asyncio.to_thread(bank.fold, named)
     bank.put(adapter, hold=True)
     try:
         yield Pin(AdapterInfo("probe", None, digest), digest, package.config, stages.hosted.name)

@@ -73,6 +73,22 @@ def test_an_answer_too_unlikely_for_float32_has_a_finite_logarithm(backbone: Bac
     assert float(found["first_words"].min()) >= torch.tensor(LOWEST_PROBABILITY).log().item() - 1e-3
 
 
+def test_a_probe_runs_on_the_adapter_as_it_is_served(
+    backbone: Backbone, stages: AnyStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed, where requests will meet it packed: what is checked is what will run."""
+    monkeypatch.setattr(stages.bank, "_packed_from", 1)
+    package = package_of(backbone, KINDS["vqa"])
+
+    async def story() -> None:
+        async with lodged(package, stages) as pin:
+            served = stages.bank.fold(package).tensors
+            assert isinstance(served["down.weight"], tuple)
+            assert isinstance(stages.bank.adapter(pin.digest).tensors["down.weight"], tuple)
+
+    asyncio.run(story())
+
+
 async def _outputs(package: Package, backbone: Backbone, stages: AnyStages) -> Outputs:
     async with lodged(package, stages) as pin:
         return await outputs_of(inputs_for(package.config, backbone), package.config, pin, stages, context())
