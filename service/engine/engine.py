@@ -27,7 +27,7 @@ from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
 from service.metrics import Metrics
 from service.scheduler import Scheduler, is_late
-from service.types import Batch, Job, Stage, StageOutput
+from service.types import Batch, ContinueInput, Job, Stage, StageOutput
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class Texts:
     def num_rows(self) -> int:
         """Rows of a step."""
         return len(self.writing) * self.writing.num_beams
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are kept for as long as the texts are written."""
+        return sum(map(_kept_tokens, self.jobs))
 
     def spent(self, seconds: float) -> None:
         """Share device time among the texts."""
@@ -114,7 +119,7 @@ class Engine:
         for hosted in backbones:
             hosted.bank.is_wanted = scheduler.is_wanted
         self._texts: list[Texts] = []
-        self._new_rows = 0  # of texts that the batch being formed would begin
+        self._new_rows = self._new_tokens = 0  # of texts that the batch being formed would begin
         self._first: Job | None = None  # it waits for room or a slot that texts have: no text begins before it
         self._writing_due_s = 0.0  # device time that others had since texts were last written
         self._results: dict[int, Result] = {}
@@ -218,7 +223,7 @@ class Engine:
 
     def _run_next(self) -> bool:
         """Take a batch and its slots, run it and settle its futures; False when there is none that may run."""
-        self._new_rows = 0
+        self._new_rows = self._new_tokens = 0
         if self._first is not None and (not self._texts or self._is_dead(self._first)):
             self._first = None
         with batch_leases() as leases:
@@ -276,7 +281,9 @@ class Engine:
             has_slot = leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
             if not has_slot and is_leading:
                 self._keep_for(job)
-            self._new_rows += job.rows if has_slot and job.stage == "generate" else 0
+            if has_slot and job.stage == "generate":
+                self._new_rows += job.rows
+                self._new_tokens += _kept_tokens(job)
             return has_slot
         except Exception as error:
             if _is_fatal(error):
@@ -300,8 +307,10 @@ class Engine:
             return self._writing_due_s <= 0
         if self._first is not None and job is not self._first:
             return False
-        num_rows = sum(texts.num_rows for texts in self._texts)
-        has_room = num_rows + self._new_rows + job.rows <= self._scheduler.limits.max_rows
+        limits = self._scheduler.limits
+        num_rows = sum(texts.num_rows for texts in self._texts) + self._new_rows + job.rows
+        num_tokens = sum(texts.num_tokens for texts in self._texts) + self._new_tokens + _kept_tokens(job)
+        has_room = num_rows <= limits.max_rows and num_tokens <= limits.max_tokens
         if not has_room and not self._new_rows:
             self._keep_for(job)
         return has_room
@@ -486,6 +495,11 @@ class Engine:
             self._inbox.clear()
         for result in results.values():
             _set_error(result, NotReady(f"the device thread cannot run this any more: {error}"))
+
+
+def _kept_tokens(job: Job) -> int:
+    """Tokens of a text that stay while it is written: all of a language model's. What a BLIP looked at is read only once."""
+    return job.tokens if isinstance(job.inputs, ContinueInput) else 0
 
 
 def _set_error(result: Result | None, error: BaseException) -> None:

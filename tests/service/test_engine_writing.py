@@ -18,12 +18,12 @@ from service.engine import Engine, engine
 from service.errors import DeadlineExceeded, EngineFailed
 from service.metrics import Metrics
 from service.scheduler import BatchLimits, Scheduler
-from service.types import Batch, GenerateInput, GenerateOutput, Hypothesis, Job, StageOutput
+from service.types import Batch, ContinueInput, GenerateInput, GenerateOutput, Hypothesis, Job, StageOutput
 from tests.service.test_bank import slot_leases
 from tests.service.test_engine import WAIT_S, Scripted, job, put_adapters, set_clock
 from tests.service.worlds import World, make_bank
 
-MAX_ROWS = 4
+MAX_ROWS, MAX_TOKENS = 4, 1000
 NUMBERS = count(1_000_000)  # of jobs that are copies of others
 
 
@@ -79,7 +79,8 @@ class ScriptedTexts(Scripted):
 
     def begin_batch(self, _: object, batch: Batch, leases: BatchLeases) -> Words:
         self.batches.append(batch)
-        lengths = [one.inputs.question_ids[0] for one in batch.jobs]  # type: ignore[union-attr]
+        asked = [one.inputs for one in batch.jobs]
+        lengths = [(one.start_ids if isinstance(one, ContinueInput) else one.question_ids)[0] for one in asked]  # type: ignore[union-attr]
         return Words(list(batch.jobs), lengths, self.words, batch.jobs[0].shape[0], self.bad)
 
     def run_batch(self, model: object, batch: Batch, leases: BatchLeases, keep_going: object) -> list[StageOutput]:
@@ -104,7 +105,7 @@ def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
     measured: list[tuple[float, float]] = []
     device = Engine(
         Backbones.of_one(world.backbone, bank, metrics),
-        Scheduler(BatchLimits(max_rows=MAX_ROWS, max_tokens=1000)),
+        Scheduler(BatchLimits(max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)),
         metrics,
         measured=lambda cost, seconds: measured.append((cost, seconds)),
         on_fatal=lambda error: None,
@@ -149,6 +150,19 @@ def test_texts_take_no_more_rows_than_a_batch_may_have(scripted: ScriptedTexts) 
     while not (lone.done() and results[0].done()):
         scripted.engine.step()
     assert scripted.is_at_rest()
+
+
+def test_texts_of_a_language_model_keep_no_more_tokens_than_a_batch_may_have(scripted: ScriptedTexts) -> None:
+    """Its steps look at all of every text, however many came in one after the other."""
+    results = []
+    for _ in range(6):
+        long = replace(text(4), inputs=ContinueInput((4,), None, 1, 99), tokens=MAX_TOKENS // 2)
+        results.append(scripted.engine.submit(long))
+        scripted.engine.step()
+        assert sum(job.tokens for texts in scripted.engine._texts for job in texts.jobs) <= MAX_TOKENS
+    while not all(result.done() for result in results):
+        scripted.engine.step()
+    assert max(map(len, scripted.words)) == 2 and scripted.is_at_rest()
 
 
 def test_texts_of_other_beams_are_written_beside(scripted: ScriptedTexts) -> None:
