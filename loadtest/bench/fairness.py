@@ -26,10 +26,10 @@ from functools import partial
 from typing import Any
 
 from loadtest.bench.harness import Bench, Table
-from loadtest.bench.jobs import JOB_KINDS, Jobs
+from loadtest.bench.jobs import JOB_KINDS, Jobs, started
 from loadtest.bench.loops import Answered, closed_loop, open_loop, percentile
 from loadtest.bench.models import BLIP_SIZES
-from loadtest.bench.worlds import random_world, started
+from loadtest.bench.worlds import random_world
 from loadtest.traffic import arrivals
 from service.config import Settings
 

@@ -38,10 +38,11 @@ import numpy as np
 from PIL import Image
 
 from loadtest.bench.harness import Bench, Table
+from loadtest.bench.jobs import started
 from loadtest.bench.loops import closed_loop, percentile
 from loadtest.bench.models import BLIP_SIZES
 from loadtest.bench.wire import Connections, Reply, form
-from loadtest.bench.worlds import random_world, started
+from loadtest.bench.worlds import random_world
 from loadtest.serving import CpuTime, cpu_time, serving
 from service.auth import LOCAL
 from service.config import Settings

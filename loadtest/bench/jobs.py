@@ -1,4 +1,4 @@
-"""Jobs of a BLIP for a running service's engine, submitted as its pipelines do, with nothing to decode and no HTTP.
+"""A service without HTTP in front, and jobs of a BLIP for its engine, submitted as its pipelines do, with nothing to decode.
 
 text     a text of 35 tokens becomes a vector
 decode   a question of 16 tokens about given states is answered in 4 words, greedily; the states are as many as those of a
@@ -6,13 +6,15 @@ decode   a question of 16 tokens about given states is answered in 4 words, gree
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Literal, get_args
 
 import torch
 
 from loadtest.bench.worlds import MAX_TEXT_TOKENS
 from service.auth import LOCAL
+from service.config import Settings
 from service.loader import Pin
 from service.pipelines.blip import BlipStages
 from service.runtime import Runtime
@@ -59,3 +61,14 @@ class Jobs:
         """One job for each adapter, one after the other."""
         for name in names:
             await self.ask(name)
+
+
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[Runtime]:
+    """A service without HTTP in front, while the block lasts."""
+    runtime = Runtime(settings)
+    try:
+        await runtime.start()
+        yield runtime
+    finally:
+        await runtime.close()

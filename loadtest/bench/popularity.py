@@ -29,10 +29,10 @@ from adapters.errors import AdapterNotFound
 from adapters.registry import VersionRecord
 from loadtest.bench.chart import Line, Panel, draw
 from loadtest.bench.harness import Bench, Table
-from loadtest.bench.jobs import JOB_KINDS, JobKind, Jobs
+from loadtest.bench.jobs import JOB_KINDS, JobKind, Jobs, started
 from loadtest.bench.loops import Throughput, closed_loop, percentile
 from loadtest.bench.models import BLIP_SIZES
-from loadtest.bench.worlds import random_world, started
+from loadtest.bench.worlds import random_world
 from loadtest.traffic import POPULARITIES, Popularity, picks
 from service.auth import LOCAL
 from service.bank import SlotLease

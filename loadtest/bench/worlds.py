@@ -6,14 +6,15 @@ that each is checked, folded, kept and put into a slot by itself. What sharing s
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import BertTokenizer
 
 from adapters.artifacts.base import hex_of
 from adapters.artifacts.local import LocalArtifactStore
@@ -23,17 +24,16 @@ from adapters.families.uniadapter import init_tensors
 from adapters.package import CONFIG_FILE, WEIGHTS_FILE, files_digest, package_files, weights_digest
 from adapters.registry import DEFAULT_ALIAS, PackageInfo
 from loadtest.bench.models import make_blip
-from service.backbone.base import Backbone, load_tokenizer
+from service.backbone.base import Backbone
 from service.backbone.blip_backbone import BlipBackbone
 from service.backbone.config import BlipConfig
 from service.backbone.convert import with_blip_tokens
 from service.backbone.folder import load_backbone, write_backbone
 from service.config import Settings
-from service.demo.vocabulary import build_tokenizer
 from service.folders import HomeFolders, open_registry
-from service.runtime import Runtime
 
 MAX_TEXT_TOKENS = 35
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] ? a and at big blue centre circle colour in is left red star the top what"
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,10 @@ def _keep_linked(store: LocalArtifactStore, digest: str, files: Mapping[str, byt
 
 @contextmanager
 def random_world(config: BlipConfig, **settings: Any) -> Iterator[World]:
-    """A home in a temporary folder, with a random backbone of these sizes, the demo's words and these settings."""
+    """A home in a temporary folder, with a random backbone of these sizes that knows WORDS, and these settings."""
     with TemporaryDirectory(prefix="bench-") as folder:
         given = Settings.model_validate({"home": Path(folder) / "home", **settings})
-        build_tokenizer(Path(folder) / "tokenizer")
-        tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+        tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS.split())})
         config = config.model_copy(update={"special_ids": with_blip_tokens(tokenizer)})
         model = make_blip(config, torch.device("cpu"), torch.float32)
         manifest = write_backbone(given.backbone_folder, model, tokenizer, {}, max_text_tokens=MAX_TEXT_TOKENS)
@@ -127,14 +126,3 @@ def random_world(config: BlipConfig, **settings: Any) -> Iterator[World]:
         world = World(given, backbone.dims(), manifest.parts, backbone.resolution)
         del model, backbone
         yield world
-
-
-@asynccontextmanager
-async def started(settings: Settings) -> AsyncIterator[Runtime]:
-    """A service without HTTP in front, while the block lasts."""
-    runtime = Runtime(settings)
-    try:
-        await runtime.start()
-        yield runtime
-    finally:
-        await runtime.close()
