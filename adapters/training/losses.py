@@ -9,15 +9,23 @@ from torch.nn import functional
 LABEL_SMOOTHING = 0.1
 
 
-def smoothed_nll(logits: Tensor, targets: Tensor, mask: Tensor, smoothing: float = LABEL_SMOOTHING) -> Tensor:
-    """Label-smoothed negative log-likelihood, summed over each row's targets: [B] from logits [B, L, V].
+def word_nll(logits: Tensor, words: Tensor, smoothing: float = LABEL_SMOOTHING) -> Tensor:
+    """Label-smoothed negative log-likelihood [..., N] of words [..., N], each as the one that follows: logits [..., V].
 
-    For target y with log-probabilities l: (1 - s) * -l_y + s * mean(-l); positions where mask [B, L] is False give 0.
+    For word y with log-probabilities l: (1 - s) * -l_y + s * mean(-l).
     """
     log_probs = logits.float().log_softmax(-1)
-    target = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    uniform = -log_probs.mean(-1)
-    return (((1.0 - smoothing) * target + smoothing * uniform) * mask).sum(-1)
+    target = -log_probs.gather(-1, words)
+    uniform = -log_probs.mean(-1, keepdim=True)
+    return (1.0 - smoothing) * target + smoothing * uniform
+
+
+def smoothed_nll(logits: Tensor, targets: Tensor, mask: Tensor, smoothing: float = LABEL_SMOOTHING) -> Tensor:
+    """`word_nll` summed over each row's targets [B, L]: [B] from logits [B, L, V].
+
+    Positions where mask [B, L] is False give 0.
+    """
+    return (word_nll(logits, targets.unsqueeze(-1), smoothing).squeeze(-1) * mask).sum(-1)
 
 
 def shifted_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

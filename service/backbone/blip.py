@@ -94,21 +94,33 @@ class Memory:
 class Cache:
     """Self-attention keys and values [B, H, capacity, d] per layer, of which the first `length` places are filled.
 
-    seen       [B, capacity] where a row has written; rows that came in later have places of others' before them
-    positions  [B] of each row's next token
+    `seen` [B, capacity] tells where a row has written; rows that came in later have places of others' before them.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     seen: Tensor
-    positions: Tensor
     length: int = 0
     is_even: bool = True  # every row has written to every place so far
+
+    @property
+    def positions(self) -> Tensor:
+        """[B] of each row's next token: how many it has written."""
+        return self.seen[:, : self.length].sum(dim=1)
 
     def mask(self, tokens: int) -> Tensor | None:
         """[B, 1, 1, length + tokens] True where a row that appends so many tokens looks; None: everywhere."""
         self.seen[:, self.length : self.length + tokens] = True
         return None if self.is_even else self.seen[:, None, None, : self.length + tokens]
+
+    def text_mask(self, written: Tensor) -> Tensor:
+        """[B, 1, L, length + L] True where each token of a text looks that is appended, written [B, L] (True: a token)."""
+        tokens = written.shape[1]
+        end = self.length + tokens
+        self.seen[:, self.length : end] = written
+        self.is_even = False
+        back = torch.ones(tokens, end, dtype=torch.bool, device=written.device).tril(self.length)
+        return back & self.seen[:, None, None, :end]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's keys and values behind the filled part; return all so far. `advance` ends the step."""
@@ -120,13 +132,19 @@ class Cache:
     def advance(self, tokens: int) -> None:
         """End a step that appended so many tokens to every layer."""
         self.length += tokens
-        self.positions = self.positions + tokens
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order (beams that continue others)."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
-        self.seen, self.positions = self.seen[rows], self.positions[rows]
+        self.seen = self.seen[rows]
+
+    def fork(self, rows: Tensor, tokens: int) -> "Cache":
+        """A cache of these rows, each perhaps many times, with room for so many more tokens; this one stays as it is."""
+        room, own = (0, 0, 0, tokens), (self.keys, self.values)
+        keys, values = ([functional.pad(x[rows, :, : self.length], room) for x in layers] for layers in own)
+        seen = functional.pad(self.seen[rows, : self.length], (0, tokens))
+        return Cache(keys, values, seen, self.length, self.is_even)
 
     def join(self, other: "Cache") -> None:
         """Take another's rows behind one's own. Places that nobody has written to are given up."""
@@ -138,7 +156,6 @@ class Cache:
         self.keys = [join_padded(a, b, 2, capacity) for a, b in zip(self.keys, other.keys, strict=True)]
         self.values = [join_padded(a, b, 2, capacity) for a, b in zip(self.values, other.values, strict=True)]
         self.seen = join_padded(self.seen, other.seen, 1, capacity)
-        self.positions = torch.cat([self.positions, other.positions])
         self.length = length
 
     def _close_up(self) -> None:
@@ -249,8 +266,7 @@ class TextStack(nn.Module):
         shape = (rows, self.config.heads, capacity, self.config.width // self.config.heads)
         keys = [weight.new_zeros(shape) for _ in self.layers]
         seen = torch.zeros(rows, capacity, dtype=torch.bool, device=weight.device)
-        positions = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        return Cache(keys, [torch.zeros_like(k) for k in keys], seen, positions)
+        return Cache(keys, [torch.zeros_like(k) for k in keys], seen)
 
     def text_layers(self) -> Iterator[TextLayer]:
         """The layers, in order."""
@@ -289,6 +305,13 @@ class Decoder(nn.Module):
         """Next-word logits [B, V] after appending one token per row, ids [B], to the cache."""
         h = self.body(ids[:, None], cache.mask(1), adaptation, memory, cache)
         return self.logits(h[:, -1])
+
+    def append(self, ids: Tensor, mask: Tensor, cache: Cache, memory: Memory, adaptation: Adaptation | None) -> Tensor:
+        """Next-word logits [N, V] behind every token, row by row, of texts that are appended to the cache's rows.
+
+        ids [B, L] with mask [B, L] (True: a token), padded on the right.
+        """
+        return self.logits(self.body(ids, cache.text_mask(mask), adaptation, memory, cache)[mask])
 
 
 class Blip(nn.Module):

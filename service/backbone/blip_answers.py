@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from adapters.families.base import Adaptation, join_adaptations
-from adapters.training.losses import shifted_nll
+from adapters.training.losses import word_nll
 from service.backbone.blip import Blip, Decoder, Memory
 from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
 from service.types import GenerateOutput, RankOutput
@@ -45,6 +44,16 @@ class BlipSteps:
         """See Steps."""
         self._logits = self._decoder.step(ids, self._cache, self._memory, self._adaptation)
         return self._logits
+
+    def read_on(self, rows: Sequence[int], ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [N, V] behind every token, text by text, of texts ids [R, L], mask [R, L], that go on from these rows.
+
+        `rows` ascend and leave none out between them. The rows stay as they are; each is still its text's only one.
+        """
+        index = torch.tensor(rows)
+        adaptation = None if self._adaptation is None else self._adaptation.expand(index)
+        cache = self._cache.fork(index.to(ids.device), ids.shape[1])
+        return self._decoder.append(ids, mask, cache, _read_by(self._memory, rows), adaptation)
 
     def select(self, rows: Tensor, rows_per_text: int) -> None:
         """See Steps. A text's rows share its row of the memory."""
@@ -104,11 +113,11 @@ def beam_search(
     return write_all(writing, keep_going)
 
 
-def _read_by(memory: Memory, questions: Sequence[int], device: torch.device) -> Memory:
-    """The memories of rows that belong to these questions, in ascending order: each question's is there once."""
-    readers = Counter(questions)
-    distinct = torch.tensor(list(readers), device=device)
-    return replace(memory.select(distinct), readers=tuple(readers.values()))
+def _read_by(memory: Memory, questions: Sequence[int]) -> Memory:
+    """The memories of rows that belong to these questions, which ascend and leave none out: no copies."""
+    own = slice(questions[0], questions[-1] + 1)
+    readers = tuple(Counter(questions).values())
+    return Memory([k[own] for k in memory.keys], [v[own] for v in memory.values], memory.mask[own], readers)
 
 
 def rank_answers(
@@ -125,24 +134,25 @@ def rank_answers(
     A candidate's first word decides whether it is among the k looked at (ties: the lower index); those are scored by
     minus their label-smoothed loss, without length normalisation. `memory` and `adaptation` have a row per question.
     Once nobody wants to `keep_going`, what was not scored gets minus infinity.
+
+    All candidates of a question go on from its one [DEC]; nothing is computed behind their last token.
     """
-    decoder, special = _decoder(model), model.config.special_ids
-    num_questions = len(candidates)
-    steps = BlipSteps(model, memory, num_questions, adaptation, max_length=1)
+    steps = BlipSteps(model, memory, len(candidates), adaptation, max_length=1)
     probs = steps.logits().float().softmax(-1).cpu()  # [Q, V]
-    shortlists = [shortlist(probs[q], candidates[q], ks[q]) for q in range(num_questions)]
-    pairs = [(q, index) for q in range(num_questions) for index in shortlists[q]]
+    shortlists = [shortlist(probs[q], candidates[q], ks[q]) for q in range(len(candidates))]
+    pairs = [(q, index) for q, chosen in enumerate(shortlists) for index in chosen]
+    first_losses = _first_losses(
+        steps.logits(), [[candidates[q][i][1] for i in own] for q, own in enumerate(shortlists)]
+    )
     scores: list[float] = []
     for first in range(0, len(pairs), MAX_CANDIDATE_ROWS):
         if not keep_going():
             scores += [float("-inf")] * (len(pairs) - first)
             break
         part = pairs[first : first + MAX_CANDIDATE_ROWS]
-        ids, mask = pad_ids([candidates[q][index] for q, index in part], special.pad, model.device)
-        of_row = [q for q, _ in part]
-        rows = None if adaptation is None else adaptation.expand(torch.tensor(of_row, device=model.device))
-        logits = decoder.score(ids, mask, _read_by(memory, of_row, model.device), rows)
-        scores += (-shifted_nll(logits, ids, mask)).tolist()
+        later_losses = _later_losses(steps, [q for q, _ in part], [candidates[q][index] for q, index in part])
+        own_first = first_losses[first : first + len(part)]
+        scores += [-(one + later) for one, later in zip(own_first, later_losses, strict=True)]
     outputs = []
     for q, chosen in enumerate(shortlists):
         own, scores = scores[: len(chosen)], scores[len(chosen) :]
@@ -150,3 +160,22 @@ def rank_answers(
         best = max(range(len(own)), key=lambda place: (own[place], -chosen[place]))
         outputs.append(RankOutput(tuple(chosen), tuple(own), first_probs, best))
     return outputs
+
+
+def _first_losses(logits: Tensor, words: Sequence[Sequence[int]]) -> list[float]:
+    """The losses of each question's candidate first words, logits [Q, V]; question by question."""
+    ids, _ = pad_ids(words, 0, logits.device)
+    rows = word_nll(logits, ids).tolist()
+    return [loss for row, own in zip(rows, words, strict=True) for loss in row[: len(own)]]
+
+
+def _later_losses(steps: BlipSteps, questions: Sequence[int], texts: Sequence[tuple[int, ...]]) -> list[float]:
+    """The summed losses of each candidate's tokens behind its first word; `questions` names each one's question."""
+    if all(len(text) == 2 for text in texts):  # [DEC] [SEP]
+        return [0.0] * len(texts)
+    device = steps.logits().device
+    ids, mask = pad_ids([text[1:-1] for text in texts], 0, device)
+    targets, _ = pad_ids([text[2:] for text in texts], 0, device)
+    losses = torch.zeros(mask.shape, device=device)
+    losses[mask] = word_nll(steps.read_on(questions, ids, mask), targets[mask].unsqueeze(-1)).squeeze(-1)
+    return losses.sum(dim=1).tolist()

@@ -135,9 +135,14 @@ class Claims:
     # --- questions ---------------------------------------------------------------------------------------
 
     def question_hidden(self, name: str, quantity: Quantity) -> Got:
+        got = self._question_states(quantity)
+        return [*got, ("training", self._trained_states())] if quantity.variant == OWN else got
+
+    def _question_states(self, quantity: Quantity) -> Got:
+        """By the stage that asked."""
         length = self.case.input("question_ids").shape[1]
         rows = self.rows(quantity)
-        got = [
+        return [
             (stage, torch.cat([ran.rows("text")[:, :length] for ran in ran_rows]))
             for stage, ran_rows in (
                 ("rank", rows.rank),
@@ -146,7 +151,6 @@ class Claims:
             )
             if ran_rows
         ]
-        return [*got, ("training", self._trained_states())] if quantity.variant == OWN else got
 
     def first_logits(self, name: str, quantity: Quantity) -> Got:
         return [("", torch.cat([ran.rows("words") for ran in self.rows(quantity).rank]))]
@@ -184,9 +188,26 @@ class Claims:
         return [("", torch.tensor([a.hypotheses[0].score for a in answers]))]
 
     def forced_logits(self, name: str, quantity: Quantity) -> Got:
-        length = self.case.input("given_answer_ids").shape[1]
-        got = [("", torch.cat([ran.scored_rows()[:, :length] for ran in self.rows(quantity).forced]))]
+        """Ranking computes no logits of a last token and of padding: there, the whole forward's stand in."""
+        whole = self._whole_forced(quantity)
+        served = whole.clone()
+        for row, ran in zip(served, self.rows(quantity).forced, strict=True):
+            (logits,) = ran.scored_rows()
+            row[: len(logits)] = logits
+        got = [("", served), ("whole", whole)]
         return [*got, ("training", self._trained_forced())] if quantity.variant == OWN else got
+
+    def _whole_forced(self, quantity: Quantity) -> Tensor:
+        """By one forward of all tokens, about the question states that were served."""
+        ids, mask = self.case.input("given_answer_ids"), self.case.input("given_answer_mask").bool()
+        ((_, states),) = [got for got in self._question_states(quantity) if got[0] == "forced"]
+        y_mask = self.case.input("question_mask").bool()
+        with self.served.mixed(quantity.variant, states) as (adaptation, y, rows_of):
+            many = len(rows_of)
+            decoder = self.served.backbone.model.decoder
+            assert decoder is not None
+            memory = decoder.body.remember(y, y_mask.repeat(many, 1), adaptation)
+            return decoder.score(ids.repeat(many, 1), mask.repeat(many, 1), memory, adaptation)[rows_of["case"]]
 
     def forced_loss(self, name: str, quantity: Quantity) -> Got:
         rows = self.rows(quantity)

@@ -171,7 +171,8 @@ def decoder_uses_unused_adapters(patch: pytest.MonkeyPatch, case: Case) -> None:
 
 
 def no_smoothing(patch: pytest.MonkeyPatch, case: Case) -> None:
-    patch.setattr(losses.smoothed_nll, "__defaults__", (0.0,))
+    for loss in (losses.word_nll, losses.smoothed_nll):
+        patch.setattr(loss, "__defaults__", (0.0,))
 
 
 def _patch_factors(patch: pytest.MonkeyPatch, change: Callable[[Tensor, int], Tensor]) -> None:

@@ -78,6 +78,7 @@ class BatchRecord:
 
     batch: Batch
     seen: Seen
+    outputs: Sequence[StageOutput] = ()
 
     def rows(self, job: Job, place: str, call: int = 0) -> Tensor:
         """What a place gave for the rows of a job."""
@@ -99,9 +100,10 @@ def _num_rows(job: Job) -> int:
             return 1
 
 
-def _num_scored(job: Job) -> int:
-    assert isinstance(job.inputs, RankInput)
-    return min(job.inputs.k, len(job.inputs.candidates))
+def _later_tokens(job: Job, output: StageOutput) -> list[int]:
+    """Of each candidate that a ranking job scored, in order, how many tokens have a logit behind the first word's."""
+    assert isinstance(job.inputs, RankInput) and isinstance(output, RankOutput)
+    return [len(job.inputs.candidates[index]) - 2 for index in output.indices]
 
 
 class RecordingEngine(Engine):
@@ -114,7 +116,7 @@ class RecordingEngine(Engine):
     def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         with hooks(hosted.backbone) as seen:
             outputs = super()._run_stage(hosted, batch, leases)
-        self.records.append(BatchRecord(batch, seen))
+        self.records.append(BatchRecord(batch, seen, outputs))
         return outputs
 
     def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
@@ -169,12 +171,20 @@ class Ran:
         """What a place gave for this job's rows."""
         return self.record.rows(self.job, place, call)
 
-    def scored_rows(self) -> Tensor:
-        """Word logits [candidates, L, V] of this ranking job's candidates: call 0 was the first word, the rest are chunks."""
-        jobs = self.record.batch.jobs
-        start = sum(_num_scored(other) for other in jobs[: jobs.index(self.job)])
-        rows = [row for chunk in self.record.seen.calls["words"][1:] for row in chunk]
-        return torch.stack(rows[start : start + _num_scored(self.job)])
+    def scored_rows(self) -> list[Tensor]:
+        """Word logits [L - 1, V] of each of this ranking job's candidates, of all but their last tokens.
+
+        Call 0 gave the first words, for all candidates of a question; the other calls gave the rest, token by token.
+        """
+        first, *chunks = self.record.seen.calls["words"]
+        jobs, outputs = self.record.batch.jobs, self.record.outputs
+        counts = [_later_tokens(job, output) for job, output in zip(jobs, outputs, strict=True)]
+        own = jobs.index(self.job)
+        start = sum(sum(other) for other in counts[:own])
+        later = torch.cat([first[:0], *chunks])
+        assert len(later) == sum(sum(each) for each in counts), "a candidate's last token has no logit"
+        parts = later[start : start + sum(counts[own])].split(counts[own])
+        return [torch.cat([first[own : own + 1], part]) for part in parts]
 
 
 @dataclass(repr=False)

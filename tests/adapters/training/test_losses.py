@@ -14,6 +14,7 @@ from adapters.training.losses import (
     matching_loss,
     shifted_nll,
     smoothed_nll,
+    word_nll,
 )
 
 
@@ -46,6 +47,18 @@ def test_smoothed_nll_is_the_formula_and_ignores_masked_positions() -> None:
         torch.testing.assert_close(smoothed_nll(logits, targets, mask, smoothing), expected, rtol=1e-5, atol=1e-5)
     changed = logits.masked_fill(~mask.unsqueeze(-1), 99.0)
     assert torch.equal(smoothed_nll(changed, targets, mask), smoothed_nll(logits, targets, mask))
+
+
+def test_many_words_at_one_position() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, words = 3 * torch.randn(2, 7, generator=generator), torch.tensor([[1, 5, 1], [0, 6, 3]])
+    one_by_one = logits[:, None].expand(-1, 3, -1)
+    for row, losses in enumerate(word_nll(logits, words)):
+        expected = [
+            plain_smoothed_nll(one_by_one[row : row + 1, :1], words[row : row + 1, n : n + 1], torch.ones(1, 1), 0.1)[0]
+            for n in range(3)
+        ]
+        torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_every_token_but_the_first_is_a_target_of_the_one_before_it() -> None:

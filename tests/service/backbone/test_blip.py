@@ -212,6 +212,31 @@ def test_a_cache_follows_its_beams(qa: Pair) -> None:
     close(decoder.step(second, cache, memory, None), whole[:, 1])
 
 
+def test_texts_are_appended_to_what_rows_hold(qa: Pair) -> None:
+    """Three texts of different lengths, one of them empty, behind the first of two rows, one behind the other."""
+    memory, body = _memory(qa, 2)
+    decoder = qa.ours.decoder
+    assert decoder is not None
+    ids = torch.randint(6, 50, (4, 6), generator=torch.Generator().manual_seed(6))
+    ids[:, 0] = torch.tensor([10, 10, 10, 20])
+    rows, lengths = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 0, 2, 4])
+    each = memory.select(rows)
+    mask = torch.arange(5) < lengths[:, None]
+    whole = decoder.score(ids, torch.ones_like(ids, dtype=torch.bool), each, None)
+    cache = body.new_cache(2, 1)
+    decoder.step(torch.tensor([10, 20]), cache, memory, None)
+    fork = cache.fork(rows, 6)
+    shared = replace(memory, readers=(3, 1))
+    close(decoder.append(ids[:, 1:], mask, fork, shared, None), whole[:, 1:][mask])
+    assert cache.length == 1 and cache.keys[0].shape[2] == 1
+    nexts = torch.tensor([30, 31, 32, 33])  # the texts may go on: each at its own position
+    after = decoder.step(nexts, fork, shared, None)
+    for row, length in enumerate(lengths.tolist()):
+        text = torch.cat([ids[row, : 1 + length], nexts[row : row + 1]])[None]
+        own = memory.select(rows[row : row + 1])
+        close(after[row], decoder.score(text, torch.ones_like(text, dtype=torch.bool), own, None)[0, -1])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_run_and_drift(qa: Pair, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Drift and flipped words are shown, not judged."""

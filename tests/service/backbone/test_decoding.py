@@ -1,16 +1,21 @@
 """The rules of answering, on a decoder whose logits are written down in advance."""
 
+import random
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from adapters.families.base import Adaptation, SlotView, adapt_rows
+from adapters.families.uniadapter import UniAdapter
 from adapters.training.losses import shifted_nll
 from service.backbone.base import Backbone
 from service.backbone.blip import Blip, Memory
 from service.backbone.blip_answers import beam_search, rank_answers
 from service.backbone.decoding import Beams, pad_ids
 from service.backbone.folder import load_backbone
-from tests.service.worlds import write_tiny_backbone
+from tests.service.worlds import adapter_config, random_tensors, write_tiny_backbone
 
 MAX_LENGTH = 6
 
@@ -177,6 +182,89 @@ def test_ranking_scores_are_minus_the_smoothed_loss(backbone: Backbone) -> None:
             ids, mask = pad_ids([candidates[question][index]], special.pad, model.device)
             logits = model.decoder.score(ids, mask, memory.select(torch.tensor([question])), None)
             assert score == pytest.approx(-float(shifted_nll(logits, ids, mask)), abs=1e-4)
+
+
+def whole_scores(
+    model: Blip, memory: Memory, adaptation: Adaptation | None, question: int, texts: Sequence[tuple[int, ...]]
+) -> list[float]:
+    """Minus the loss of each text by a forward of its own, from [DEC] to [SEP]."""
+    assert model.decoder is not None
+    row, scores = torch.tensor([question]), []
+    for text in texts:
+        ids, mask = pad_ids([text], model.config.special_ids.pad, model.device)
+        own = None if adaptation is None else adaptation.expand(row)
+        logits = model.decoder.score(ids, mask, memory.select(row), own)
+        scores.append(-float(shifted_nll(logits, ids, mask)))
+    return scores
+
+
+def test_candidates_that_share_a_start_score_as_whole_texts(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random questions with adapters of their own or none, lists of any lengths with empty answers, in parts or in one."""
+    model, special, family, dims = backbone.model, backbone.config.special_ids, UniAdapter(), backbone.dims()
+    slots = [SlotView(None, {})]
+    for seed, rank in enumerate((3, 5, 5)):
+        config = adapter_config(backbone, rank=rank)
+        slots.append(SlotView(family, family.fold(config, random_tensors(config, dims, seed), dims)))
+    assert model.decoder is not None
+    for seed in range(40):
+        draw = random.Random(seed)
+        monkeypatch.setattr("service.backbone.blip_answers.MAX_CANDIDATE_ROWS", draw.choice((1, 2, 5, 256)))
+        questions = draw.randint(1, 4)
+        slot_of_row = sorted(draw.randrange(len(slots)) for _ in range(questions))
+        adaptation = adapt_rows(slots, slot_of_row) if seed % 5 else None
+        y = torch.randn(questions, 4, dims.width, generator=torch.Generator().manual_seed(seed))
+        y_mask = torch.arange(4) < torch.tensor([draw.randint(1, 4) for _ in range(questions)])[:, None]
+        memory = model.decoder.body.remember(y, y_mask, adaptation)
+        longest = draw.randint(0, 6)
+        candidates = [
+            [
+                (special.bos, *[draw.randrange(6, 40) for _ in range(draw.randint(0, longest))], special.sep)
+                for _ in range(draw.randint(1, 9))
+            ]
+            for _ in range(questions)
+        ]
+        ks = [draw.randint(1, 9) for _ in range(questions)]
+        for question, found in enumerate(rank_answers(model, memory, adaptation, candidates, ks)):
+            assert len(found.indices) == min(ks[question], len(candidates[question]))
+            texts = [candidates[question][index] for index in found.indices]
+            expected = whole_scores(model, memory, adaptation, question, texts)
+            assert found.scores == pytest.approx(expected, abs=1e-5, rel=1e-5)
+            best = max(found.scores)
+            assert found.indices[found.best] == min(
+                i for i, score in zip(found.indices, found.scores, strict=True) if score == best
+            )
+
+
+def test_nothing_is_run_twice_or_for_nothing(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[DEC] once a question; of each candidate the words alone, with the question's keys where they lie."""
+    model, special = backbone.model, backbone.config.special_ids
+    memory = memory_of(model, 2)
+    assert model.decoder is not None
+    run: list[list[list[int]]] = []
+    worded: list[int] = []
+    read: list[int] = []
+    forward, logits = model.decoder.body.forward, model.decoder.logits
+
+    def seen_forward(ids: Tensor, mask: Tensor, adaptation: None, own: Memory, cache: object) -> Tensor:
+        run.append(ids.tolist())
+        read.append(own.keys[0].data_ptr())
+        return forward(ids, mask, adaptation, own, cache)  # type: ignore[arg-type]
+
+    def seen_logits(h: Tensor) -> Tensor:
+        worded.append(h.shape[:-1].numel())
+        return logits(h)
+
+    monkeypatch.setattr(model.decoder.body, "forward", seen_forward)
+    monkeypatch.setattr(model.decoder, "logits", seen_logits)
+    two, none = (special.bos, 10, 11, special.sep), (special.bos, special.sep)
+    rank_answers(model, memory, None, [[two, two], [none]], [2, 1])
+    assert run == [[[special.bos]] * 2, [[10, 11], [10, 11], [0, 0]]]
+    assert worded == [2, 4] and read == [memory.keys[0].data_ptr()] * 2
+    run.clear()
+    rank_answers(model, memory, None, [[none], [none, none]], [1, 2])
+    assert run == [[[special.bos]] * 2]
 
 
 def test_long_lists_are_scored_in_parts(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
