@@ -258,13 +258,13 @@ class Served:
             yield adaptation, torch.cat([x] * len(pins)), slices
 
 
-def serve(case: Case, folder: Path) -> Served:
+def serve(case: Case, folder: Path, dtype: str = "float32") -> Served:
     """Import a case and its companions into `folder` and run every stage that its recorded outputs ask for."""
-    return asyncio.run(_serve(case, folder))
+    return asyncio.run(_serve(case, folder, dtype))
 
 
-async def _serve(case: Case, folder: Path) -> Served:
-    backbone = import_backbone(case, folder / "backbone")
+async def _serve(case: Case, folder: Path, dtype: str) -> Served:
+    backbone = import_backbone(case, folder / "backbone", dtype)
     companions = make_companions(case)
     variants = {quantity.variant for quantity in case.claimed.values()} | {OWN, WHOLE}
     documents = {v.name: {**case.document, "config": case.settings(v)} for v in variants if not v.frozen}
@@ -308,12 +308,12 @@ def _weighs(pin: Pin) -> bool:
     return pin.config is not None and options_of(pin.config).frame_aware_attention
 
 
-def import_backbone(case: Case, folder: Path) -> Backbone:
+def import_backbone(case: Case, folder: Path, dtype: str = "float32") -> Backbone:
     """The checkpoint's frozen part as a backbone folder, loaded."""
     source = convert.read_authors(case.checkpoint)
     model, _ = convert.assemble(source, num_heads=case.num_heads, special_ids=SpecialIds(**case.special_ids))
     write_backbone(folder, model, None, {})
-    backbone = load_backbone(folder)
+    backbone = load_backbone(folder, dtype=dtype)
     backbone.pack()  # as a server does
     return backbone
 
