@@ -10,6 +10,7 @@ Shapes: B rows, P prompt tokens, L text tokens, K columns, D width, E word width
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -222,7 +223,7 @@ class LanguageModel(nn.Module):
 
 
 class Decoding:
-    """Texts that grow by a token at a time, with what does not change kept.
+    """Texts that grow by a token at a time, or by a text, with what does not change kept.
 
     Where a row's extra token goes on by itself it changes with every new token, as it sees them all: from the first such
     layer on, the *tail*, it is computed anew each step. Keys and values of prompt and text are kept up to and including
@@ -250,9 +251,14 @@ class Decoding:
         self._lengths = mask.sum(dim=1)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._inputs: Tensor | None = None  # what entered the tail, where layers behind it need it
-        rows, before_text = torch.arange(len(ids), device=ids.device), x.shape[1] - ids.shape[1]
-        self._last = self._read(x)[rows, before_text + self._lengths - 1]
+        self._inputs: Tensor | None = None  # what entered the tail
+        self.as_read = self._read(x)[:, -ids.shape[1] :]  # hidden states [B, L, D] of the texts given, `select` aside
+        self._last = _last_of(self.as_read, self._lengths)
+
+    @property
+    def rereads(self) -> bool:
+        """Whether what is appended changes the hidden states of what was there."""
+        return self._tail is not None
 
     def logits(self) -> Tensor:
         """Logits [B, V] of what follows the texts as they are now."""
@@ -260,18 +266,31 @@ class Decoding:
 
     def step(self, ids: Tensor) -> Tensor:
         """Append a token to every row, ids [B]; logits [B, V] of what follows."""
-        model = self._model
-        column, self._end = self._end, self._end + 1
-        self._columns.seen[:, column] = True
-        x = model.embed(ids[:, None], self._lengths[:, None])
-        self._lengths = self._lengths + 1
-        tail = self._tail
-        for index in range(self._num_kept if tail is None else tail - 1):
-            x = self._step_layer(index, x)
-        if tail is not None:
-            x = self._step_tail(tail, x)
-        self._last = x[:, -1]
+        is_token = torch.ones_like(ids, dtype=torch.bool)[:, None]
+        is_last = self._tail == self._model.config.layers - 1
+        self._last = self._append(ids[:, None], is_token, everything=not is_last)[:, -1]
         return self.logits()
+
+    def append(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Append a text to every row, ids [B, L] with mask [B, L] (True: a token, at least one), padded on the right.
+
+        Hidden states [B, L, D] of the new columns; with those of all columns before them, where it `rereads`.
+        """
+        hidden = self._append(ids, mask, everything=True)
+        self._last = _last_of(hidden[:, -ids.shape[1] :], mask.sum(dim=1))
+        return hidden
+
+    def fork(self, rows: Tensor, tokens: int) -> Self:
+        """A decoding of these rows, each perhaps many times, with room for so many tokens; this one stays as it is."""
+        fork, end, room = copy(self), self._end, (0, 0, 0, tokens)
+        fork.select(rows)
+        seen = functional.pad(fork._columns.seen[:, :end], (0, tokens))
+        fork._columns = replace(fork._columns, seen=seen)
+        fork._keys = [functional.pad(k[:, :, :end], room) for k in fork._keys]
+        fork._values = [functional.pad(v[:, :, :end], room) for v in fork._values]
+        if fork._inputs is not None:
+            fork._inputs = functional.pad(fork._inputs[:, :end], room)
+        return fork
 
     def select(self, rows: Tensor, rows_per_text: int = 1) -> None:
         """Keep these rows, in this order, some perhaps more than once (beams that continue others)."""
@@ -338,42 +357,69 @@ class Decoding:
             if index < self._num_kept:
                 self._keys.append(functional.pad(k, room))
                 self._values.append(functional.pad(v, room))
-            if index == self._tail and index < model.config.layers - 1:
+            if index == self._tail:
                 self._inputs = functional.pad(x, room)
             x = layer.finish(x, q, k, v, columns.mask(index, end))
         return x
 
-    # --- one more token ----------------------------------------------------------------------------------
+    # --- more tokens -------------------------------------------------------------------------------------
 
-    def _kept(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, all so far, after adding those of the newest column."""
-        column = self._end - 1
-        self._keys[index][:, :, column] = k[:, :, -1]
-        self._values[index][:, :, column] = v[:, :, -1]
-        return self._keys[index][:, :, : self._end], self._values[index][:, :, : self._end]
+    def _append(self, ids: Tensor, mask: Tensor, *, everything: bool) -> Tensor:
+        """Hidden states [B, L, D] of new tokens ids [B, L], mask [B, L]; from a tail on, if wanted, of all columns."""
+        model, new = self._model, ids.shape[1]
+        start, self._end = self._end, self._end + new
+        self._columns.seen[:, start : self._end] = mask
+        positions = self._lengths[:, None] + torch.arange(new, device=ids.device)
+        x = model.embed(ids, positions * mask)  # padding may stand where there is no position any more
+        self._lengths = self._lengths + mask.sum(dim=1)
+        tail = self._tail
+        for index in range(self._num_kept if tail is None else tail - 1):
+            x = self._append_layer(index, x, new)
+        return x if tail is None else self._append_tail(tail, x, new, everything=everything)
 
-    def _step_layer(self, index: int, x: Tensor) -> Tensor:
-        """A layer for the newest token, the last of x [B, L, D], and any before it that see the same."""
+    def _mask(self, index: int, size: int, new: int) -> Tensor:
+        """[B, 1, size, K] of the newest columns and, if that is one more, of the extra token before them."""
+        keys = self._columns.keys_mask(index, self._end)[:, None, None]
+        if new == 1:
+            return keys
+        back = torch.ones(size, self._end, dtype=torch.bool, device=keys.device).tril(self._end - size)
+        back[: size - new] = True
+        return back & keys
+
+    def _kept(self, index: int, k: Tensor, v: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, all so far, after adding those of the newest columns."""
+        start, end = self._end - new, self._end
+        self._keys[index][:, :, start:end] = k[:, :, -new:]
+        self._values[index][:, :, start:end] = v[:, :, -new:]
+        return self._keys[index][:, :, :end], self._values[index][:, :, :end]
+
+    def _append_layer(self, index: int, x: Tensor, new: int) -> Tensor:
+        """A layer for the newest tokens, or for these with the extra token before them, x [B, new or 1 + new, D]."""
         layer = self._model.layer(index)
         q, k, v = layer.project(x)
-        mask = self._columns.keys_mask(index, self._end)[:, None, None]
-        return layer.finish(x, q, *self._kept(index, k, v), mask)
+        return layer.finish(x, q, *self._kept(index, k, v, new), self._mask(index, x.shape[1], new))
 
-    def _step_tail(self, tail: int, x: Tensor) -> Tensor:
+    def _append_tail(self, tail: int, x: Tensor, new: int, *, everything: bool) -> Tensor:
         """The layer before the tail, with the extra token; the tail; and whatever is behind it."""
         model, columns, end = self._model, self._columns, self._end
+        assert self._inputs is not None, "a tail's inputs are kept. This is a bug."
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
-        x = columns.enter(tail, self._step_layer(tail - 1, x))
+        x = columns.enter(tail, self._append_layer(tail - 1, x, new))
         layer = model.layer(tail)
         q, k, v = layer.project(x)
         self._keys[tail][:, :, EXTRA], self._values[tail][:, :, EXTRA] = k[:, :, EXTRA], v[:, :, EXTRA]
-        keys, values = self._kept(tail, k, v)
-        if self._inputs is None:
-            return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, columns.keys_mask(tail, end)[:, None, None])
-        self._inputs[:, EXTRA], self._inputs[:, end - 1] = x[:, EXTRA], x[:, 1]
-        everything = self._inputs[:, :end]
-        q, _, _ = layer.project(everything)
-        return model.run(layer.finish(everything, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+        keys, values = self._kept(tail, k, v, new)
+        self._inputs[:, EXTRA], self._inputs[:, end - new : end] = x[:, EXTRA], x[:, 1:]
+        if not everything:
+            return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, self._mask(tail, new, new))
+        whole = self._inputs[:, :end]
+        q, _, _ = layer.project(whole)
+        return model.run(layer.finish(whole, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+
+
+def _last_of(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """[B, D] of the last token of each text, hidden [B, L, D] with lengths [B]."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
 
 class Opt(nn.Module):

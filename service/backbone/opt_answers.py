@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from adapters.families.base import Adaptation
 from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
-from service.backbone.opt import Opt
+from service.backbone.opt import Decoding, Opt
 from service.types import GenerateOutput, RankOutput
 
 MAX_LOGITS = 1 << 26  # numbers held at once when candidates are scored
@@ -66,22 +66,30 @@ def rank_texts(
     A candidate's first word decides whether it is among the k looked at. Its score is the log-probability of that word
     plus that of the whole text, question, start token and candidate: the first word counts twice.
     Once nobody wants to `keep_going`, what was not scored gets minus infinity.
+
+    A question is read once; its candidates go on from there, and where they change it, from the tail on, it is read with each.
     """
-    log_probs = _first_words(model, questions, features, adaptation)
+    ids, mask = pad_ids(questions, model.config.special_ids.pad, model.device)
+    steps = model.decode(ids, mask, features, adaptation, max_new_tokens=0)
+    log_probs = steps.logits().float().log_softmax(-1).cpu()  # [Q, V] of the word behind each question
     shortlists = [shortlist(log_probs[q], candidates[q], ks[q]) for q in range(len(questions))]
     pairs = [(q, index) for q, own in enumerate(shortlists) for index in own]
     longest = max(len(questions[q]) + len(candidates[q][index]) for q, index in pairs)
     part_size = max(1, MAX_LOGITS // (longest * model.config.language_model.vocab_size))
+    alone = [] if steps.rereads else _score_questions(model, steps, mask, questions)
     scores: list[float] = []
     for first in range(0, len(pairs), part_size):
         if not keep_going():
             scores += [float("-inf")] * (len(pairs) - first)
             break
         part = pairs[first : first + part_size]
-        texts = [(*questions[q], *candidates[q][index]) for q, index in part]
-        rows = torch.tensor([q for q, _ in part], device=model.device)
-        adapted = None if adaptation is None else adaptation.expand(rows)
-        scores += _log_likelihoods(model, texts, [features[q] for q, _ in part], adapted)
+        rows, texts = [q for q, _ in part], [candidates[q][index] for q, index in part]
+        if steps.rereads:
+            scores += _score_with_questions(model, steps, rows, mask, [questions[q] for q in rows], texts)
+        else:
+            later = _score_behind_questions(model, steps, rows, texts)
+            starts = [float(log_probs[q, text[0]]) for q, text in zip(rows, texts, strict=True)]
+            scores += [alone[q] + one + other for q, one, other in zip(rows, starts, later, strict=True)]
     outputs = []
     for q, own in enumerate(shortlists):
         likelihoods, scores = scores[: len(own)], scores[len(own) :]
@@ -92,20 +100,45 @@ def rank_texts(
     return outputs
 
 
-def _first_words(
-    model: Opt, questions: Sequence[tuple[int, ...]], features: Sequence[Tensor | None], adaptation: Adaptation | None
-) -> Tensor:
-    """Log-probabilities [Q, V] of the word behind each question."""
-    ids, mask = pad_ids(questions, model.config.special_ids.pad, model.device)
-    logits = model.decode(ids, mask, features, adaptation, max_new_tokens=0).logits()
-    return logits.float().log_softmax(-1).cpu()
+def _score_questions(model: Opt, steps: Decoding, mask: Tensor, questions: Sequence[tuple[int, ...]]) -> list[float]:
+    """The log-probability of each question behind its start token, as it was read."""
+    return _log_likelihoods(model, steps.as_read, _all_but_last(mask), [question[1:] for question in questions])
 
 
-def _log_likelihoods(
-    model: Opt, texts: Sequence[tuple[int, ...]], features: Sequence[Tensor | None], adaptation: Adaptation | None
+def _score_behind_questions(
+    model: Opt, steps: Decoding, rows: Sequence[int], texts: Sequence[tuple[int, ...]]
 ) -> list[float]:
-    """The summed log-probability of each text behind its start token."""
+    """The log-probability of each text behind its start token and the question of that row."""
+    ids, mask = pad_ids([text[:-1] for text in texts], model.config.special_ids.pad, model.device)
+    hidden = steps.fork(torch.tensor(rows, device=model.device), ids.shape[1]).append(ids, mask)
+    return _log_likelihoods(model, hidden, mask, [text[1:] for text in texts])
+
+
+def _score_with_questions(
+    model: Opt,
+    steps: Decoding,
+    rows: Sequence[int],
+    question_mask: Tensor,
+    questions: Sequence[tuple[int, ...]],
+    texts: Sequence[tuple[int, ...]],
+) -> list[float]:
+    """The log-probability of each text and its question, which sees it, behind the question's start token."""
     ids, mask = pad_ids(texts, model.config.special_ids.pad, model.device)
-    logits = model.score(ids, mask, features, adaptation)[:, :-1].float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-    return (-(losses * mask[:, 1:]).sum(dim=1)).tolist()
+    index = torch.tensor(rows, device=model.device)
+    scored = torch.cat([question_mask[index], _all_but_last(mask)], dim=1)
+    hidden = steps.fork(index, ids.shape[1]).append(ids, mask)[:, -scored.shape[1] :]
+    whole = [(*question[1:], *text) for question, text in zip(questions, texts, strict=True)]
+    return _log_likelihoods(model, hidden, scored, whole)
+
+
+def _all_but_last(mask: Tensor) -> Tensor:
+    """The mask [B, L] of texts padded on the right without each one's last token."""
+    return functional.pad(mask[:, 1:], (0, 1), value=False)
+
+
+def _log_likelihoods(model: Opt, hidden: Tensor, mask: Tensor, words: Sequence[Sequence[int]]) -> list[float]:
+    """The summed log-probability of each row's words: one follows each state in hidden [B, L, D] that mask [B, L] names."""
+    logits = model.language_model.logits(hidden[mask]).float()
+    targets = torch.tensor([word for own in words for word in own], dtype=torch.long, device=logits.device)
+    log_probs = -functional.cross_entropy(logits, targets, reduction="none")
+    return [float(own.sum()) for own in log_probs.cpu().split([len(own) for own in words])]

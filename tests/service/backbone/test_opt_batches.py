@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
 
 from service.backbone.opt_answers import generate_texts, rank_texts
 from tests.service.backbone.opt_random import IDS, VOCABULARY, Mixed, random_batch
@@ -91,3 +92,39 @@ def test_rankings() -> None:
                 assert found.first_token_probs == pytest.approx(expected.first_token_probs, abs=1e-5)
                 gaps = sorted(expected.scores)[-2:]
                 assert found.best == expected.best or gaps[-1] - gaps[0] < NEAR_TIE
+
+
+def test_rankings_score_whole_texts() -> None:
+    """Whatever is kept of a question: the first word's log-probability and that of the whole text by a forward of its own."""
+    generator, rereads = torch.Generator().manual_seed(2), Counter[bool]()
+    with torch.inference_mode():
+        for seed in range(8000, 8000 + NUM_CASES // 2):
+            batch = random_batch(seed, max_rows=4)
+            ids, mask = batch.padded
+            rereads[batch.model.decode(ids, mask, batch.features, batch.adaptation, max_new_tokens=0).rereads] += 1
+            lengths = torch.randint(1, 6, (len(ids), 5), generator=generator).tolist()
+            candidates = [
+                [(IDS.bos, *torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()) for n in own]
+                for own in lengths
+            ]
+            questions = [start.ids for start in batch.starts]
+            ks = [5] * len(ids)
+            for number, found in enumerate(
+                rank_texts(batch.model, questions, batch.features, batch.adaptation, candidates, ks)
+            ):
+                for index, score in zip(found.indices, found.scores, strict=True):
+                    candidate = candidates[number][index]
+                    expected = _whole_score(batch.row(number), questions[number], candidate)
+                    assert score == pytest.approx(expected, abs=2e-4, rel=1e-5), f"case {seed}: {batch.describe()}"
+    assert min(rereads[False], rereads[True]) >= 3
+
+
+def _whole_score(row: Mixed, question: tuple[int, ...], candidate: tuple[int, ...]) -> float:
+    def log_probs(text: tuple[int, ...]) -> Tensor:
+        ids = torch.tensor([text])
+        logits = row.model.score(ids, torch.ones_like(ids, dtype=torch.bool), row.features, row.adaptation)
+        return logits[0].log_softmax(-1)
+
+    whole = (*question, *candidate)
+    likelihood = log_probs(whole)[:-1].gather(1, torch.tensor(whole[1:])[:, None]).sum()
+    return float(log_probs(question)[-1, candidate[1]] + likelihood)

@@ -125,6 +125,49 @@ def test_logits_are_those_of_whole_forwards(first: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, 60, 20))
+def test_appended_texts_are_read_as_by_whole_forwards(first: int) -> None:
+    """Texts of any lengths behind rows that are forked, some often, some not at all; twice over, then word by word."""
+    rereads: Counter[bool] = Counter()
+    with torch.inference_mode():
+        for seed in range(6000 + first, 6000 + first + 20):
+            batch, draw = random_batch(seed), random.Random(seed)
+            ids, mask = batch.padded
+            steps = batch.model.decode(ids, mask, batch.features, batch.adaptation, max_new_tokens=0)
+            before = steps.logits()
+            rows = [draw.randrange(len(ids)) for _ in range(draw.randint(1, 6))]
+            expected = Whole(batch)
+            expected.select(torch.tensor(rows))
+            fork = steps.fork(torch.tensor(rows), 10)
+            held = mask[rows]  # of the columns of texts so far, where there is a token
+            for _ in range(2):
+                texts = [[draw.randrange(3, 40) for _ in range(draw.randint(1, 4))] for _ in rows]
+                new, new_mask = pad_ids(texts, IDS.pad, torch.device("cpu"))
+                held = torch.cat([held, new_mask], dim=1)
+                states = fork.append(new, new_mask)
+                expected.texts = [[*old, *text] for old, text in zip(expected.texts, texts, strict=True)]
+                whole_ids, whole_mask = pad_ids(expected.texts, IDS.pad, torch.device("cpu"))
+                whole = batch.model.score(whole_ids, whole_mask, expected.features, expected.adaptation)
+                if fork.rereads:
+                    found, wanted = states[:, -held.shape[1] :][held], whole[whole_mask]
+                else:
+                    parts = zip(whole, whole_mask.sum(dim=1).tolist(), texts, strict=True)
+                    found = states[new_mask]
+                    wanted = torch.cat([row[length - len(text) : length] for row, length, text in parts])
+                logits = batch.model.language_model.logits(found)
+                message = f"case {seed}: {batch.describe()}"
+                torch.testing.assert_close(
+                    logits, wanted, atol=ATOL, rtol=RTOL, msg=lambda text, m=message: f"{m}\n{text}"
+                )
+                torch.testing.assert_close(fork.logits(), expected.logits(), atol=ATOL, rtol=RTOL)
+            for _ in range(2):
+                words = torch.tensor([draw.randrange(3, 40) for _ in rows])
+                torch.testing.assert_close(fork.step(words), expected.step(words), atol=ATOL, rtol=RTOL)
+            assert torch.equal(steps.logits(), before), "the rows that were forked stay as they were"
+            rereads[steps.rereads] += 1
+    assert min(rereads[False], rereads[True]) >= 3
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
 def test_rows_that_come_in_later_read_and_write_as_alone(first: int) -> None:
     """Two batches of one model, each some words along, rows dropped: joined they go on as whole forwards of both."""
     joined, refused = 0, 0
