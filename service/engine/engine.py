@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +32,7 @@ from service.types import Batch, ContinueInput, Job, Stage, StageOutput
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Result = Future[StageOutput]
 STOP_TIMEOUT_S = 30.0
 RETRY_S = 0.01  # when jobs wait and none may run: somebody else holds every slot
@@ -327,17 +329,10 @@ class Engine:
 
     def _run(self, batch: Batch, leases: BatchLeases) -> None:
         """Run a batch. Whoever hears of it finds its slots given back and the metrics told."""
-        start = time.perf_counter()
-        try:
-            outputs = self._forward(batch, leases)
-        except Exception as error:
-            if _is_fatal(error):
-                raise
-            leases.release()
-            self._retry_alone(batch, error)
+        done = self._timed(batch, leases, lambda: self._forward(batch, leases))
+        if done is None:
             return
-        seconds = time.perf_counter() - start
-        self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
+        outputs, seconds = done
         cost = sum(job.cost for job in batch.jobs)
         self._measured(cost, seconds)
         speed = cost / max(seconds, 1e-9)
@@ -346,11 +341,26 @@ class Engine:
         for job, output in zip(batch.jobs, outputs, strict=True):
             self._set_output(job, output)
 
+    def _timed(self, batch: Batch, leases: BatchLeases, run: Callable[[], T]) -> tuple[T, float] | None:
+        """What came of a batch, and the seconds it took; None when it failed, and was run again item by item."""
+        start = time.perf_counter()
+        try:
+            result = run()
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            leases.release()
+            self._retry_alone(batch, error)
+            return None
+        seconds = time.perf_counter() - start
+        self.last_forward_at = time.monotonic()
+        self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
+        return result, seconds
+
     def _forward(self, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         """The outputs of a batch's jobs."""
         hosted, in_order = self._in_slots(batch, leases)
         outputs = self._run_stage(hosted, in_order, leases)
-        self.last_forward_at = time.monotonic()
         of_job = {job.number: output for job, output in zip(in_order.jobs, outputs, strict=True)}
         return [of_job[job.number] for job in batch.jobs]
 
@@ -376,26 +386,21 @@ class Engine:
 
     def _begin(self, batch: Batch, leases: BatchLeases) -> None:
         """Read what texts start from, and let them join those that are being written."""
-        start = time.perf_counter()
-        try:
-            hosted, in_order = self._in_slots(batch, leases)
-            begun = Texts(hosted, self._begin_stage(hosted, in_order, leases), list(in_order.jobs))
-        except Exception as error:
-            if _is_fatal(error):
-                raise
-            leases.release()
-            self._retry_alone(batch, error)
+        done = self._timed(batch, leases, lambda: self._read_texts(batch, leases))
+        if done is None:
             return
-        seconds = time.perf_counter() - start
-        self._observe(batch.stage, len(batch.jobs), leases.num_adapters, seconds)
+        begun, seconds = done
         begun.leases.take(leases)
         begun.spent(seconds)
-        self.last_forward_at = time.monotonic()
         for texts in self._texts:
-            if texts.hosted is hosted and texts.writing.can_join(begun.writing):
+            if texts.hosted is begun.hosted and texts.writing.can_join(begun.writing):
                 self._join_texts(texts, begun)
                 return
         self._texts.append(begun)
+
+    def _read_texts(self, batch: Batch, leases: BatchLeases) -> Texts:
+        hosted, in_order = self._in_slots(batch, leases)
+        return Texts(hosted, self._begin_stage(hosted, in_order, leases), list(in_order.jobs))
 
     def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
         with torch.inference_mode():
