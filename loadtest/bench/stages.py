@@ -105,12 +105,12 @@ def make_stage(name: str, model: Blip, batch: int, resolution: int) -> Stage:
     states = torch.randn(batch, length, stack.width, device=device, dtype=dtype, generator=generator)
     memory = decoder.body.remember(states, mask, None)
     cache = decoder.body.new_cache(batch, WRITTEN + 1)
+    cache.seen[:, :WRITTEN] = True
     for keys in (*cache.keys, *cache.values):
         keys.normal_(generator=generator)
 
     def step(adaptation: Adaptation | None) -> Tensor:
         cache.length = WRITTEN
-        cache.positions.fill_(WRITTEN)
         return decoder.step(ids[:, 0], cache, memory, adaptation)
 
     def flat(t: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ def _add_answers(outputs: Outputs, served: Served, rows: Rows) -> None:
         _add_text_states(outputs, served, "hidden states, text and medium", ran, len(question))
         outputs.add("word logits", ran.rows("words"))
     for ran in rows.forced:
-        (candidate,) = cast(RankInput, ran.job.inputs).candidates
-        outputs.add("word logits", ran.scored_rows()[:, : len(candidate)])
+        (scored,) = ran.scored_rows()
+        outputs.add("word logits", scored)
     for ran in rows.rank_all or rows.rank:
         _add_ranking(outputs, cast(RankOutput, ran.output))
 
