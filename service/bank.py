@@ -43,6 +43,7 @@ DEFAULT_BUCKETS: Mapping[Architecture, Buckets] = {
     "blip": ((64, 24), (128, 6), (512, 2)),
     "opt": ((1, 16), (8, 16), (32, 2)),
 }
+USUAL_FRACTION = 0.15
 TIERS = ("host", "device")
 PACKED_FROM = 256  # the rank from which packed matrices, one product each, beat batched products over a stack
 
@@ -501,8 +502,11 @@ def batch_leases(bank: AdapterBank | None = None) -> Iterator[BatchLeases]:
         leases.release()
 
 
-def default_buckets(dims: BackboneDims, dtype: torch.dtype, free_bytes: int, fraction: float = 0.15) -> Buckets:
-    """The default buckets, scaled down together until they fit into a fraction of the free memory (at least 1 each)."""
+def default_buckets(dims: BackboneDims, dtype: torch.dtype, free_bytes: int, fraction: float | None = None) -> Buckets:
+    """The default buckets, scaled together to a fraction of the free memory (at least 1 slot each).
+
+    None: as they are, or fewer where they would take more than `USUAL_FRACTION`.
+    """
     size = torch.empty((), dtype=dtype).element_size()
 
     def total(buckets: Buckets) -> int:
@@ -513,5 +517,7 @@ def default_buckets(dims: BackboneDims, dtype: torch.dtype, free_bytes: int, fra
         )
 
     buckets = DEFAULT_BUCKETS[dims.architecture]
-    scale = min(1.0, fraction * free_bytes / max(1, total(buckets)))
+    scale = (fraction or USUAL_FRACTION) * free_bytes / max(1, total(buckets))
+    if fraction is None:
+        scale = min(1.0, scale)
     return tuple((rank, max(1, int(num_slots * scale))) for rank, num_slots in buckets)

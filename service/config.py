@@ -58,6 +58,12 @@ class Settings(BaseSettings):
         description='Adapter slots on the device by rank, e.g. "64:24,128:6,512:2", of a BLIP; "opt=1:16,8:16" of an '
         'OPT, by connectors; joined by ";". Default: from free memory.',
     )
+    adapter_memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=0.9,
+        description="Size the default slots to this part of the device's free memory. Default: a usual number, fewer beyond 0.15.",
+    )
     host_cache_mib: int = Field(default=2048, gt=0, description="Host memory for adapters that hold no slot.")
     feature_cache_mib: int = Field(
         default=512,

@@ -267,7 +267,8 @@ def _make_bank(backbone: Backbone, settings: Settings, metrics: Metrics) -> Adap
     buckets: Buckets = ()
     if dims is not None:
         given = settings.slot_buckets(backbone.architecture)
-        buckets = given or default_buckets(dims, backbone.dtype, _free_bytes(backbone.device))
+        free_bytes = _free_bytes(backbone.device)
+        buckets = given or default_buckets(dims, backbone.dtype, free_bytes, settings.adapter_memory_fraction)
     return AdapterBank(
         dims,
         backbone.head_tensors(),

@@ -530,6 +530,9 @@ def test_the_default_buckets_shrink_together_with_the_memory(backbone: Backbone)
     dims = backbone.dims()
     assert default_buckets(dims, torch.float32, free_bytes=1 << 50) == DEFAULT_BUCKETS["blip"]
     assert default_buckets(dims, torch.float32, free_bytes=0) == tuple((rank, 1) for rank, _ in DEFAULT_BUCKETS["blip"])
+    grown = default_buckets(dims, torch.float32, free_bytes=1 << 30, fraction=0.5)
+    assert all(more > 10 * usual for (_, more), (_, usual) in zip(grown, DEFAULT_BUCKETS["blip"], strict=True))
+    assert default_buckets(dims, torch.float32, free_bytes=1 << 20, fraction=0.5) < grown
     few = default_buckets(dims, torch.float32, free_bytes=10_000_000)
     half = default_buckets(dims, torch.bfloat16, free_bytes=10_000_000)
     assert all(1 <= a[1] <= b[1] <= c[1] for a, b, c in zip(few, half, DEFAULT_BUCKETS["blip"], strict=True))
