@@ -79,22 +79,22 @@ def padding_seen(patch: Patch) -> None:
 def stale_extra(patch: Patch) -> None:
     """Keys and values of the extra token behind the window are those of the question, whatever follows."""
 
-    def step(self: Decoding, tail: int, x: Tensor) -> Tensor:
+    def append(self: Decoding, tail: int, x: Tensor, new: int, *, everything: bool) -> Tensor:
         model, columns, end = self._model, self._columns, self._end
+        assert self._inputs is not None
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
-        x = columns.enter(tail, self._step_layer(tail - 1, x))
+        x = columns.enter(tail, self._append_layer(tail - 1, x, new))
         layer = model.layer(tail)
         q, k, v = layer.project(x)
-        keys, values = self._kept(tail, k, v)
-        if self._inputs is None:
-            mask = columns.keys_mask(tail, end)[:, None, None]
-            return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, mask)
-        self._inputs[:, end - 1] = x[:, 1]
-        everything = self._inputs[:, :end]
-        q, _, _ = layer.project(everything)
-        return model.run(layer.finish(everything, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+        keys, values = self._kept(tail, k, v, new)
+        self._inputs[:, end - new : end] = x[:, 1:]
+        if not everything:
+            return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, self._mask(tail, new, new))
+        whole = self._inputs[:, :end]
+        q, _, _ = layer.project(whole)
+        return model.run(layer.finish(whole, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
 
-    patch.setattr(Decoding, "_step_tail", step)
+    patch.setattr(Decoding, "_append_tail", append)
 
 
 # --- the schedule ----------------------------------------------------------------------------------------
@@ -244,15 +244,14 @@ def generated_length(patch: Patch) -> None:
 
 
 def answers_alone(patch: Patch) -> None:
-    """What the question's own words cost is left out: all candidates pay it alike, were it not for what leaks."""
-    likelihoods = opt_answers._log_likelihoods
+    """The answer's start token, in the middle of question and answer, is not read."""
+    behind, along = opt_answers._score_behind_questions, opt_answers._score_with_questions
 
-    def without_start(model: Opt, texts: Any, features: Any, adaptation: Any) -> list[float]:
-        middle = [next(place for place in range(1, len(text)) if text[place] == text[0]) for text in texts]
-        shorter = [(*text[:place], *text[place + 1 :]) for text, place in zip(texts, middle, strict=True)]
-        return likelihoods(model, shorter, features, adaptation)
+    def without_start(texts: Any) -> list[tuple[int, ...]]:
+        return [text[1:] for text in texts]
 
-    patch.setattr(opt_answers, "_log_likelihoods", without_start)
+    patch.setattr(opt_answers, "_score_behind_questions", lambda *given: behind(*given[:-1], without_start(given[-1])))
+    patch.setattr(opt_answers, "_score_with_questions", lambda *given: along(*given[:-1], without_start(given[-1])))
 
 
 MUTATIONS = (
