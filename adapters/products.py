@@ -3,6 +3,10 @@
 On a CPU a matrix can be *packed*: laid out for oneDNN, which then multiplies hundreds of rows 1.2 times, and 4 to 16 rows
 3 times, as fast as torch multiplies by a plain one, and applies an activation on the way (two cores with AVX-512, BLIP's
 shapes; docs/benchmarks.md). A packed matrix holds the same numbers in as many bytes, and gives them back exactly.
+
+A matrix *by inputs* has the weights of one input side by side, not those of one output. Many such matrices in one tensor
+are a table, of which `gathered` sums the rows that each row of a batch needs, weighted by its numbers; and oneDNN
+multiplies many rows by such a matrix about as fast as by a packed one.
 """
 
 from functools import cache
@@ -15,7 +19,8 @@ from torch.nn import functional
 Activation = Literal["none", "relu", "gelu"]
 
 PACKED_ROWS = 256  # the layout that oneDNN picks for so many rows serves fewer and more of them well
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_ONEDNN_FROM = 32  # rows from which a call of oneDNN with a matrix that is not packed pays
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
@@ -23,10 +28,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
 
     Raises: RuntimeError where a gradient would have to flow through a packed matrix.
     """
-    if not weight.is_mkldnn:
-        return activate(functional.linear(x, weight, bias), activation)
-    if x.requires_grad and torch.is_grad_enabled():  # torch would only warn, and go on without it
-        raise RuntimeError("no gradient flows through a packed matrix: train on a model that is not packed")
+    if weight.is_mkldnn:
+        if x.requires_grad and torch.is_grad_enabled():  # torch would only warn, and go on without it
+            raise RuntimeError("no gradient flows through a packed matrix: train on a model that is not packed")
+        return _by_onednn(x, weight, bias, activation)
+    if _suits_onednn(x, weight):
+        return _by_onednn(x, weight, bias, activation)
+    return activate(functional.linear(x, weight, bias), activation)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies faster than torch by a matrix that is not packed: by inputs, many rows, no gradient."""
+    inputs = weight.shape[1]
+    return (
+        x.numel() >= _ONEDNN_FROM * inputs
+        and weight.stride(0) == 1
+        and weight.stride(1) >= weight.shape[0]
+        and not torch.is_grad_enabled()
+        and has_onednn(weight.device, weight.dtype)
+    )
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     algorithm = "none" if activation == "gelu" else ""  # of GELU: not the tanh approximation
     product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     assert isinstance(product, Tensor)
@@ -42,7 +65,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 def pack(weight: Tensor) -> Tensor:
     """A matrix [out, in] laid out for this machine; the matrix itself where there is nothing to gain."""
-    if weight.is_mkldnn or not can_pack(weight.device, weight.dtype):
+    if weight.is_mkldnn or not has_onednn(weight.device, weight.dtype):
         return weight
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
     assert isinstance(packed, Tensor)
@@ -54,19 +77,38 @@ def unpack(weight: Tensor) -> Tensor:
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
+def by_inputs(weight: Tensor) -> Tensor:
+    """Matrices [..., out, in] with the same numbers, laid out by inputs; themselves where they are so already."""
+    return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def gathered(x: Tensor, table: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """Single rows x [B, in], each times a matrix of its own, [B, out].
+
+    `table` [N, out] holds matrices by inputs, and `rows` [B * in] lists those of its rows that are the matrices of x's rows;
+    `starts` [B] says where in the list each begins. Nothing is copied, and what one row gets does not depend on the others.
+    On a CPU torch's weighted bags of embeddings read at the rate of memory, where its batched products of single rows come
+    to two thirds of that in float32 and to a third in bfloat16 (docs/benchmarks.md).
+    """
+    product = torch.embedding_bag(table, rows, starts, mode=0, per_sample_weights=x.flatten())[0]
+    assert isinstance(product, Tensor)
+    return product
+
+
 @cache
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether matrices can be packed here. The operations are torch's own but not public: they are tried before they are used."""
-    if device.type != "cpu" or dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
+def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN serves here. The operations are torch's own but not public: they are tried before they are used."""
+    if device.type != "cpu" or dtype not in _ONEDNN_DTYPES or not torch.backends.mkldnn.is_available():
         return False
     weight, bias, x = (torch.linspace(-1, 1, size).to(dtype) for size in (6 * 5, 6, 3 * 5))
     weight, x = weight.view(6, 5), x.view(3, 5)
+    activations: tuple[Activation, ...] = ("none", "relu", "gelu")
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-        ways = [linear(x, packed, bias, activation) for activation in ("none", "relu", "gelu")]
-        wanted = [linear(x, weight, bias, activation) for activation in ("none", "relu", "gelu")]
+        ways = [_by_onednn(x, matrix, bias, way) for matrix in (packed, by_inputs(weight)) for way in activations]
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
+    wanted = 2 * [activate(functional.linear(x, weight, bias), way) for way in activations]
     tolerance = 16 * torch.finfo(dtype).eps
     return torch.equal(packed.to_dense(), weight) and all(
         torch.allclose(way, want, rtol=tolerance, atol=tolerance) for way, want in zip(ways, wanted, strict=True)

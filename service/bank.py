@@ -7,9 +7,8 @@ Tiers of an adapter, by weights digest:
 `hold` keeps an adapter on the host for as long as somebody has it (a pin); the least recently used others make room.
 Slots are written by the device thread alone, between batches, in the order of its stream: no batch that read a slot can
 still be running when it is overwritten. Slot tensors are allocated once and never move: those of a bucket are a *stack*,
-whose neighbours one batched product serves. On a CPU, host and device are the same memory: a slot of a wide bucket only
-refers to what is on the host, whose matrices were packed when it was folded. Slot 0 is `__base__`: it adds nothing and
-projects with the backbone's own heads.
+whose slots one product serves; the matrices of layers are laid out by inputs there, and on the host alike. Slot 0 is
+`__base__`: it adds nothing and projects with the backbone's own heads.
 """
 
 import logging
@@ -28,9 +27,9 @@ from adapters.config import BASE_ADAPTER, AdapterConfig, Architecture
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families import families_for, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
-from adapters.families.slots import DEFAULT_KERNELS, Kernels, Layered, Place
+from adapters.families.slots import DEFAULT_KERNELS, Kernels, Place
 from adapters.package import Package
-from adapters.products import can_pack, pack
+from adapters.products import by_inputs
 from service.errors import NoFreeSlot
 from service.logs import event
 from service.metrics import Metrics
@@ -45,18 +44,17 @@ DEFAULT_BUCKETS: Mapping[Architecture, Buckets] = {
 }
 USUAL_FRACTION = 0.15
 TIERS = ("host", "device")
-PACKED_FROM = 256  # the rank from which packed matrices, one product each, beat batched products over a stack
 
 
 @dataclass(frozen=True)
 class HostAdapter:
-    """An adapter on the host: folded slot tensors at its own rank, in the serving dtype, heads included, perhaps packed."""
+    """An adapter on the host: folded slot tensors at its own rank, in the serving dtype, heads included."""
 
     digest: str
     config: AdapterConfig
     family: Family
     slot_rank: int
-    tensors: Mapping[str, Layered]
+    tensors: Mapping[str, Tensor]
     schedule: Schedule | None = None
 
     @cached_property
@@ -65,9 +63,7 @@ class HostAdapter:
         return sum(_num_bytes(tensor) for tensor in self.tensors.values())
 
 
-def _num_bytes(tensor: Layered) -> int:
-    if isinstance(tensor, tuple):
-        return sum(map(_num_bytes, tensor))
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
@@ -88,11 +84,9 @@ def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> Ho
     return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast, schedule)
 
 
-def pack_adapter(adapter: HostAdapter) -> HostAdapter:
-    """The adapter with the matrices packed that gain by it."""
-    names = [f"{name}.weight" for name in adapter.family.layer_maps()]
-    packed = {name: tuple(pack(layer) for layer in adapter.tensors[name]) for name in names if name in adapter.tensors}
-    return replace(adapter, tensors={**adapter.tensors, **packed})
+def _layer_matrices(family: Family) -> frozenset[str]:
+    """The names of the matrices that a slot has for each layer, [layers, out, in]."""
+    return frozenset(f"{name}.weight" for name in family.layer_maps())
 
 
 @dataclass
@@ -116,21 +110,15 @@ class _Slot:
 
 @dataclass
 class _Bucket:
-    """The slots of one family and rank, which hold tensors of these names.
+    """The slots of one family and rank. `stack` has the tensors [num_slots, ...] of all of them."""
 
-    `stack` has the tensors [num_slots, ...] of all slots; None: they refer to what is on the host.
-    """
-
-    names: frozenset[str]
-    stack: dict[str, Tensor] | None
+    stack: dict[str, Tensor]
     slots: list[_Slot] = field(default_factory=list)
 
-    def num_bytes(self, slot: _Slot) -> int:
-        """Bytes of a slot: its part of the stack, or what it refers to."""
-        if self.stack is not None:
-            return sum(_num_bytes(tensor[0]) for tensor in self.stack.values())
-        view = slot.view  # looked at once: others ask while the device thread empties and fills slots
-        return 0 if view is None else sum(map(_num_bytes, view.tensors.values()))
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot, filled or not."""
+        return sum(_num_bytes(tensor[0]) for tensor in self.stack.values())
 
 
 class AdapterBank:
@@ -147,19 +135,14 @@ class AdapterBank:
         host_bytes: int,
         metrics: Metrics,
         kernels: Kernels = DEFAULT_KERNELS,
-        packed_from: int = PACKED_FROM,
     ) -> None:
-        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone.
-
-        Buckets of a rank from `packed_from` on hold packed adapters, where there is anything to gain by it.
-        """
+        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone."""
         self.dims = dims
         self.device = device
         self.dtype = dtype
         self.buckets = buckets
         self._kernels = kernels
         self.is_wanted: Callable[[str], bool] = lambda digest: False  # set by the engine, which knows what waits
-        self._packed_from = packed_from
         self._heads = dict(heads)
         self._base = SlotView(None, self._heads)
         self._host_bytes = host_bytes
@@ -176,19 +159,19 @@ class AdapterBank:
         for family in families_for(self.dims.architecture):
             for rank, num_slots in self.buckets:
                 shapes = family.slot_shapes(self.dims, rank) | {n: tuple(t.shape) for n, t in self._heads.items()}
-                stack = None
-                if not self._packs(family, rank):
-                    stack = {
-                        name: torch.zeros((num_slots, *shape), dtype=self.dtype, device=self.device)
-                        for name, shape in shapes.items()
-                    }
+                stack = {
+                    name: self._zeros((num_slots, *shape), by_inputs=name in _layer_matrices(family))
+                    for name, shape in shapes.items()
+                }
                 slots = [_Slot(family.name, rank, index) for index in range(num_slots)]
-                allocated[family.name, rank] = _Bucket(frozenset(shapes), stack, slots)
+                allocated[family.name, rank] = _Bucket(stack, slots)
         return allocated
 
-    def _packs(self, family: Family, rank: int) -> bool:
-        """Whether adapters of that rank are packed, hence buckets of that rank refer to the host."""
-        return bool(family.layer_maps()) and rank >= self._packed_from and can_pack(self.device, self.dtype)
+    def _zeros(self, shape: tuple[int, ...], *, by_inputs: bool) -> Tensor:
+        if by_inputs:
+            *others, outputs, inputs = shape
+            return self._zeros((*others, inputs, outputs), by_inputs=False).transpose(-1, -2)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     # --- host tier ---------------------------------------------------------------------------------------
 
@@ -198,8 +181,11 @@ class AdapterBank:
         return self.lay_out(fold_package(package, self.dims, self.dtype))
 
     def lay_out(self, adapter: HostAdapter) -> HostAdapter:
-        """An adapter laid out for this bank's slots: packed, where they refer to it. Any thread."""
-        return pack_adapter(adapter) if self._packs(adapter.family, adapter.slot_rank) else adapter
+        """An adapter with its layers' matrices laid out by inputs, as slots have them. Any thread."""
+        names = _layer_matrices(adapter.family) & adapter.tensors.keys()
+        return replace(
+            adapter, tensors={**adapter.tensors, **{name: by_inputs(adapter.tensors[name]) for name in names}}
+        )
 
     @property
     def max_rank(self) -> int:
@@ -354,12 +340,9 @@ class AdapterBank:
         bucket = self._buckets[slot.family, slot.rank]
         tensors = {**self._heads, **adapter.tensors}
         # a head that this backbone does not have is left out: nothing will project with it
-        own = {name: tensor for name, tensor in tensors.items() if name in bucket.names}
-        if bucket.stack is None:
-            slot.view = SlotView(adapter.family, own, adapter.schedule)
-        else:
-            views = {name: _copy(tensor, bucket.stack[name][slot.index]) for name, tensor in own.items()}
-            slot.view = SlotView(adapter.family, views, adapter.schedule, Place(bucket.stack, slot.index))
+        own = {name: tensor for name, tensor in tensors.items() if name in bucket.stack}
+        views = {name: _copy(tensor, bucket.stack[name][slot.index]) for name, tensor in own.items()}
+        slot.view = SlotView(adapter.family, views, adapter.schedule, Place(bucket.stack, slot.index))
         slot.digest = adapter.digest
         self._metrics.adapter_loads.labels("device").inc()
         seconds = time.perf_counter() - start
@@ -393,7 +376,7 @@ class AdapterBank:
         return {"device": device, "host": host}
 
     def _slot_bytes(self, slot: _Slot) -> int:
-        return self._buckets[slot.family, slot.rank].num_bytes(slot)
+        return self._buckets[slot.family, slot.rank].slot_bytes
 
     def place(self, digest: str) -> tuple[str, int, int]:
         """Where an adapter's slot is: sorted by it, rows of neighbouring slots stand next to each other."""
@@ -405,9 +388,8 @@ class AdapterBank:
         return adapt_rows(views, slot_of_row, self._kernels)
 
 
-def _copy(tensor: Layered, place: Tensor) -> Tensor:
+def _copy(tensor: Tensor, place: Tensor) -> Tensor:
     """Copy a tensor into the corner of a slot that it fills, and return that corner."""
-    assert isinstance(tensor, Tensor), "a packed adapter is in a bucket with a stack. This is a bug."
     view = place[tuple(slice(0, size) for size in tensor.shape)]
     return view.copy_(tensor, non_blocking=True)
 

@@ -395,7 +395,7 @@ def _add_term(
 ) -> None:
     term = family.delta(site, x[rows], slot, None if before is None else before[rows])
     if term is not None:
-        out[rows] += term
+        out[rows].add_(term)
 
 
 def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], kernels: Kernels = DEFAULT_KERNELS) -> Adaptation:

@@ -5,22 +5,22 @@ slot stand next to each other. Which kernel is fastest where was measured (docs/
 
     rows of a slot x tokens      kernel
     many (`segments_from`)       the maths runs slot by slot on views of the rows: what a slot makes stays in the cache
-    few, slots side by side      one batched product over the bank's stack, no weight is copied
-    few, slots anywhere          a loop of products into one result; all else of the maths once for all rows
+    some, slots side by side     *stacked*: one batched product over the bank's stack, no weight is copied
+    few, slots anywhere          *gathered*: one weighted sum of the stack's rows
+    all others                   a loop of products into one result; all else of the maths once for all rows
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.products import Activation, activate, linear
+from adapters.products import Activation, activate, gathered, linear
 
-Layered = Tensor | tuple[Tensor, ...]  # [layers, ...], or one packed matrix a layer
-Weights = Mapping[str, Layered]
+Weights = Mapping[str, Tensor]  # those of layers: [layers, ...]
 
 
 class Slot(Protocol):
@@ -38,21 +38,18 @@ class Slot(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """From how many rows x tokens of a slot on the maths runs slot by slot, and up to how many products are batched."""
+    """From how many rows x tokens of a slot on the maths runs slot by slot, and up to how many the others are taken.
+
+    The defaults were measured on CPUs. Elsewhere nothing is gathered.
+    """
 
     segments_from: int = 256
     stacked_up_to: int = 64
+    gathered_up_to: int = 4
+    gathered_at_most: int = 16  # where they cannot be stacked
 
 
 DEFAULT_KERNELS = Kernels()
-
-
-def of_layer(tensor: Layered, layer: int | None) -> Tensor:
-    """The tensor of a layer."""
-    if layer is not None:
-        return tensor[layer]
-    assert isinstance(tensor, Tensor), "a tensor without layers was packed by layers. This is a bug."
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,23 @@ class OneSlot:
         """See Slot."""
         return x * self.tensor(name, None)
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its tensors are."""
+        return next(iter(self.tensors.values())).device.type == "cpu"
+
     def tensor(self, name: str, layer: int | None) -> Tensor:
         """One of its tensors."""
-        return of_layer(self.tensors[name], layer)
+        tensor = self.tensors[name]
+        return tensor if layer is None else tensor[layer]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a slot is in a bank's stack: its index into tensors [num_slots, ...], of which it may use a corner only."""
+    """Where a slot is in a bank's stack: its index into tensors [num_slots, ...], of which it may use a corner only.
+
+    The stack's matrices of layers, [num_slots, layers, out, in], are laid out by inputs.
+    """
 
     stack: Mapping[str, Tensor]
     index: int
@@ -103,9 +109,35 @@ class Part:
 
     def is_followed_by(self, other: "Part") -> bool:
         """Whether another part's slot is the next one of the same stack, with as many rows."""
-        if self.place is None or other.place is None or self.place.stack is not other.place.stack:
+        if self.place is None or other.place is None or not self.is_beside(other):
             return False
         return other.place.index == self.place.index + 1 and other.num_rows == self.num_rows
+
+    def is_beside(self, other: "Part") -> bool:
+        """Whether another part's slot is in the same stack."""
+        return self.place is not None and other.place is not None and self.place.stack is other.place.stack
+
+
+Kernel = Literal["one", "stacked", "gathered"]
+
+
+class Run(NamedTuple):
+    """Parts that follow one another and go through one product: `one` is a part by itself."""
+
+    kernel: Kernel
+    parts: tuple[Part, ...]
+
+    @property
+    def place(self) -> Place:
+        """Where the first part's slot is."""
+        place = self.parts[0].place
+        assert place is not None, "a run of slots is in no stack. This is a bug."
+        return place
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the batch."""
+        return slice(self.parts[0].start, self.parts[-1].stop)
 
 
 @dataclass(frozen=True)
@@ -114,35 +146,50 @@ class ManySlots:
 
     parts: Sequence[Part]
     kernels: Kernels
+    _known_runs: dict[int, list[Run]] = field(default_factory=dict)
     _vectors: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
-    _known_runs: dict[int, list[list[Part]]] = field(default_factory=dict)
+    _table_rows: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def linear(self, x: Tensor, name: str, layer: int | None = None, activation: Activation = "none") -> Tensor:
         """See Slot."""
-        first, tokens = self.parts[0].start, x.shape[1]
+        first = self.parts[0].start
         products = []
-        for run in self.runs(tokens):
-            rows = x[run[0].start - first : run[-1].stop - first]
-            if len(run) == 1:
-                products.append(run[0].slot.linear(rows, name, layer, activation))
-            else:
+        for run in self.runs(x.shape[1]):
+            rows = x[run.rows.start - first : run.rows.stop - first]
+            if run.kernel == "one":
+                products.append(run.parts[0].slot.linear(rows, name, layer, activation))
+            elif run.kernel == "stacked":
                 products.append(_stacked(rows, run, name, layer, activation))
+            else:
+                products.append(self._gathered(rows, run, name, layer, activation))
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def runs(self, tokens: int) -> list[list[Part]]:
-        """Parts whose slots lie side by side in a stack, where one batched product for them pays; found once."""
+    def runs(self, tokens: int) -> list[Run]:
+        """Parts that go through one product; found once."""
         if tokens not in self._known_runs:
             self._known_runs[tokens] = self._find_runs(tokens)
         return self._known_runs[tokens]
 
-    def _find_runs(self, tokens: int) -> list[list[Part]]:
-        runs = [[self.parts[0]]]
-        for part in self.parts[1:]:
-            if part.num_rows * tokens <= self.kernels.stacked_up_to and runs[-1][-1].is_followed_by(part):
-                runs[-1].append(part)
+    def _find_runs(self, tokens: int) -> list[Run]:
+        runs: list[Run] = []
+        for part in self.parts:
+            kernel = self._kernel_of_both(runs[-1], part, tokens) if runs else None
+            if kernel is None:
+                runs.append(Run("one", (part,)))
             else:
-                runs.append([part])
+                runs[-1] = Run(kernel, (*runs[-1].parts, part))
         return runs
+
+    def _kernel_of_both(self, run: Run, part: Part, tokens: int) -> Kernel | None:
+        """The kernel by which a run and the part behind it go through one product; None: by none."""
+        last, kernels = run.parts[-1], self.kernels
+        most = max(last.num_rows, part.num_rows) * tokens
+        can_gather = run.kernel != "stacked" and last.is_beside(part) and last.slot.is_on_cpu
+        if can_gather and most <= kernels.gathered_up_to:
+            return "gathered"
+        if run.kernel != "gathered" and last.is_followed_by(part) and most <= kernels.stacked_up_to:
+            return "stacked"
+        return "gathered" if can_gather and most <= kernels.gathered_at_most else None
 
     def norm(self, x: Tensor, name: str, layer: int, eps: float) -> Tensor:
         """See Slot."""
@@ -161,16 +208,37 @@ class ManySlots:
             self._vectors[key] = torch.cat(own)
         return self._vectors[key]
 
+    def _gathered(self, x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
+        """Each row's token of x [B, T, in] times its slot's matrix, wherever in the stack it is."""
+        outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
+        matrices = run.place.stack[f"{name}.weight"].transpose(-1, -2)  # [num_slots, layers, in, out], the stack's rank
+        height, width = matrices.shape[-2:]
+        table = matrices.view(-1, width)[height * (layer or 0) :]
+        rows, starts = self._rows_of_table(run, x.shape[1], matrices[0].numel() // width, inputs)
+        product = gathered(x, table, rows, starts)[:, :outputs].view(*x.shape[:-1], outputs)
+        first = self.parts[0].start
+        bias = self._vector(f"{name}.bias", layer)[run.rows.start - first : run.rows.stop - first]
+        return activate(product + bias, activation)
 
-def _stacked(x: Tensor, run: Sequence[Part], name: str, layer: int | None, activation: Activation) -> Tensor:
+    def _rows_of_table(self, run: Run, tokens: int, slot_height: int, inputs: int) -> tuple[Tensor, Tensor]:
+        """Which rows of a table the tokens of a run need, and where in that list those of each begin; made once."""
+        key = (run.rows.start, tokens, slot_height, inputs)
+        if key not in self._table_rows:
+            indices = [part.place.index for part in run.parts if part.place is not None for _ in range(part.num_rows)]
+            tops = slot_height * torch.tensor(indices, dtype=torch.int32).repeat_interleave(tokens)
+            rows = (tops[:, None] + torch.arange(inputs, dtype=torch.int32)).flatten()
+            self._table_rows[key] = rows, torch.arange(0, len(rows), inputs, dtype=torch.int32)
+        return self._table_rows[key]
+
+
+def _stacked(x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
     """One batched product of the rows x [B, T, in] of slots that lie side by side."""
-    place = run[0].place
-    assert place is not None, "a run of slots is in no stack. This is a bug."
-    slots = slice(place.index, place.index + len(run))
-    outputs, inputs = run[0].slot.tensor(f"{name}.weight", layer).shape
+    place, count = run.place, len(run.parts)
+    slots = slice(place.index, place.index + count)
+    outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
     weight, bias = place.stack[f"{name}.weight"][slots], place.stack[f"{name}.bias"][slots]
     if layer is not None:
         weight, bias = weight[:, layer], bias[:, layer]
     weight, bias = weight[:, :outputs, :inputs], bias[:, None, :outputs]
-    product = torch.baddbmm(bias, x.reshape(len(run), -1, inputs), weight.transpose(1, 2))
+    product = torch.baddbmm(bias, x.reshape(count, -1, inputs), weight.transpose(1, 2))
     return activate(product, activation).view(*x.shape[:-1], outputs)

@@ -6,9 +6,10 @@ python -m loadtest.bench NAME [options]      --help after a name lists its optio
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, fairness, http, peers, popularity, stages, swap
+from loadtest.bench import decode, fairness, http, kernels, peers, popularity, stages, swap
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
+    "kernels": kernels.main,
     "stages": stages.main,
     "decode": decode.main,
     "swap": swap.main,

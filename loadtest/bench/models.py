@@ -76,20 +76,22 @@ def fold_adapters(config: BlipConfig, rank: int, count: int, dtype: torch.dtype)
     return folded
 
 
-def make_slots(model: Blip, rank: int, count: int) -> Sequence[SlotView]:
+def make_slots(
+    config: BlipConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype
+) -> Sequence[SlotView]:
     """`count` different UniAdapters of a rank in the slots of a bank."""
     bank = AdapterBank(
-        adapter_dims(model.config),
+        adapter_dims(config),
         {},
-        device=model.device,
-        dtype=model.dtype,
+        device=device,
+        dtype=dtype,
         buckets=((rank, count),),
         host_bytes=1 << 40,
         metrics=Metrics(),
     )
     views = []
-    for number, folded in enumerate(fold_adapters(model.config, rank, count, model.dtype)):
-        adapter = HostAdapter(str(number), adapter_config(model.config, rank), FAMILY, rank, folded)
+    for number, folded in enumerate(fold_adapters(config, rank, count, dtype)):
+        adapter = HostAdapter(str(number), adapter_config(config, rank), FAMILY, rank, folded)
         bank.put(bank.lay_out(adapter))
         views.append(bank.lease(adapter.digest).view)
     return views

@@ -72,7 +72,7 @@ def compare_swaps(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[s
     model = make_blip(config, bench.device, bench.dtype)
     tables, values = [], {}
     for rank in arguments.ranks:
-        slots = make_slots(model, rank, arguments.adapters)
+        slots = make_slots(model.config, rank, arguments.adapters, model.device, model.dtype)
         adapters = fold_adapters(config, rank, arguments.adapters, bench.dtype)
         for name in (*(("vision",) if arguments.vision else ()), "text", "decode"):
             ways, work = swap_ways(bench, model, slots, OneAdapter(adapters, bench.device), name)

@@ -101,7 +101,7 @@ def compare(bench: Bench, config: BlipConfig, name: str) -> tuple[list[Table], d
         with torch.inference_mode():
             stage = make_stage(stage_name, model, arguments.adapters, config.vision.grid * config.vision.patch)
         for rank in arguments.ranks:
-            slots = make_slots(model, rank, arguments.adapters)
+            slots = make_slots(model.config, rank, arguments.adapters, model.device, model.dtype)
             parameters = read_parameters(config, rank, stage_name)
             with start_peer(python, SCRIPTS / kind.script, peer_words(bench, config, stage_name, parameters)) as peer:
                 seconds = take_turns_with(peer, our_ways(stage, slots, bench.device), arguments.repeats)

@@ -157,7 +157,7 @@ def compare(
     """Seconds of every way through a stage."""
     runs: dict[str, Callable[[], Tensor]] = {"plain model": stage.independent, "frozen": lambda: stage.forward(None)}
     for rank in rank_list:
-        slots = make_slots(model, rank, num_adapters)
+        slots = make_slots(model.config, rank, num_adapters, model.device, model.dtype)
         one = adapt_rows(slots, [0] * stage.rows)
         many = adapt_rows(slots, sorted(row % num_adapters for row in range(stage.rows)))
         runs[f"r={rank}, 1 adapter"] = lambda one=one: stage.forward(one)  # type: ignore[misc]

@@ -9,8 +9,7 @@ stands what the machine takes for the same bytes at best, measured in the same r
 in memory, reading is a copy; for the rows `not cached` it is told to forget the file first, which is timed too. Rows that
 begin with `of it` are steps of a load from the disk.
 
-A CPU is device and host at once: a slot is a copy within one memory or, where the bank refers to the host's tensors instead
-of copying them, nothing at all, and then no rate is given.
+A CPU is device and host at once: a slot is a copy within one memory.
 """
 
 import itertools
@@ -23,7 +22,6 @@ from pathlib import Path
 import torch
 
 from adapters.artifacts.local import LocalArtifactStore
-from adapters.families.slots import Weights
 from adapters.package import WEIGHTS_FILE, parse_package
 from adapters.registry import VersionRecord
 from loadtest.bench.harness import Bench, Spread, Table, take_turns
@@ -137,18 +135,8 @@ class Site:
 
     def slot_bytes(self) -> int:
         """Bytes of a filled slot."""
-        self._slot()
+        self.fill_slot()
         return self.roomy.residency()["device"][self.records[0].weights_digest]
-
-    def slot_is_host(self) -> bool:
-        """Whether a slot is the host's memory rather than a copy of it."""
-        slot, host = self._slot(), self.roomy.adapter(self.records[0].weights_digest).tensors
-        return all(slot[name] is tensor for name, tensor in host.items())
-
-    def _slot(self) -> Weights:
-        lease = self.roomy.lease(self.records[0].weights_digest)
-        lease.release()
-        return lease.view.tensors
 
 
 def forget(path: Path) -> None:
@@ -176,7 +164,7 @@ def measure(site: Site, rank: int, repeats: int) -> tuple[list[Row], float]:
     seconds = take_turns(runs | steps, repeats, device)
     rate = COPY_BYTES / seconds["large copy"].low
     package, slot = site.package_bytes(), site.slot_bytes()
-    copy_s = 0.0 if site.slot_is_host() else slot / rate
+    copy_s = slot / rate
     rows = []
     for name, spread in seconds.items():
         if name == "large copy":
@@ -186,7 +174,7 @@ def measure(site: Site, rank: int, repeats: int) -> tuple[list[Row], float]:
             suffix = name.removeprefix("disk to host").removeprefix("disk to slot")
             best_s = seconds[f"file{suffix}"].low + ("slot" in name) * copy_s
         elif name == "host to slot":
-            best_s = copy_s or None
+            best_s = copy_s
         rows.append(_row(rank, name, slot if name == "host to slot" else package, spread, best_s))
     return rows, rate
 
@@ -211,12 +199,10 @@ def main(words: Sequence[str]) -> None:
         for rank in map(int, arguments.ranks.split(",")):
             site = Site(world, backbone, rank)
             rows, rate = measure(site, rank, arguments.repeats)
-            refers = "a slot refers to the host's tensors" if site.slot_is_host() else "a slot is a copy"
             site.close()
             rates.append(rate)
             values += rows
-            title = f"rank {rank}, {arguments.dtype}: {refers}"
-            tables.append(Table(title, COLUMNS, [row.cells() for row in rows]))
+            tables.append(Table(f"rank {rank}, {arguments.dtype}", COLUMNS, [row.cells() for row in rows]))
     place = "the same memory" if arguments.device == "cpu" else "copied over the bus"
     facts = Table(
         "the machine",

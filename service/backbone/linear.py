@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.products import Activation, can_pack, linear, pack, unpack
+from adapters.products import Activation, has_onednn, linear, pack, unpack
 
 
 class FrozenLinear(nn.Linear):
@@ -19,7 +19,7 @@ class FrozenLinear(nn.Linear):
 
     def pack(self) -> None:
         """Put the packed matrix in the plain one's place. Nothing can be trained through it from then on."""
-        if self.packed is None and can_pack(self.weight.device, self.weight.dtype):
+        if self.packed is None and has_onednn(self.weight.device, self.weight.dtype):
             self.packed = pack(self.weight)
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
@@ -40,7 +40,7 @@ class WordHead(nn.Module):
 
     def pack(self, words: Tensor) -> None:
         """Keep a packed copy of the embeddings."""
-        if self.packed is None and can_pack(words.device, words.dtype):
+        if self.packed is None and has_onednn(words.device, words.dtype):
             self.packed = pack(words)
 
 

@@ -32,7 +32,7 @@ from adapters.families.uniadapter import (
     memory_stacks,
     options_of,
 )
-from adapters.products import pack
+from adapters.products import by_inputs
 
 DIMS = BlipDims(width=12, layers=2, embed_dim=5)
 UNI = UniAdapter()
@@ -265,7 +265,7 @@ def folded(config: AdapterConfig, seed: int) -> dict[str, Tensor]:
 
 
 def views() -> list[SlotView]:
-    """Six slots: two sizes, key and value adapters, three side by side in a stack, one packed, and one without an adapter.
+    """Seven slots: four sizes, key and value adapters, three side by side in a stack, and one without an adapter.
 
     The stack's second slot holds an adapter of a smaller rank than the stack has room for.
     """
@@ -274,23 +274,31 @@ def views() -> list[SlotView]:
     stacked = [folded(config_of(rank=rank, visual=rank != 4), 10 + rank) for rank in (5, 5, 4)]
     shapes = UNI.slot_shapes(DIMS, 5) | DIMS.head_shapes()
     stack = {name: torch.full((3, *shape), float("nan")) for name, shape in shapes.items()}
+    stack |= {f"{name}.weight": by_inputs(stack[f"{name}.weight"]) for name in UNI.layer_maps()}
     for index, tensors in enumerate(stacked):
         tensors |= heads(10 + index)
         corners = {n: stack[n][index][tuple(slice(0, size) for size in t.shape)] for n, t in tensors.items()}
         for name, corner in corners.items():
             corner.copy_(tensors[name])
         slots.append(SlotView(UNI, corners, place=Place(stack, index)))
-    packed = folded(config_of(rank=6), 20)
-    matrices = {f"{name}.weight": tuple(map(pack, packed[f"{name}.weight"])) for name in UNI.layer_maps()}
-    slots.append(SlotView(UNI, {**heads(20), **packed, **matrices}))
+    slots.append(SlotView(UNI, {**heads(20), **folded(config_of(rank=6), 20)}))
     return [*slots, SlotView(None, heads(9))]
 
 
 NUM_VIEWS = 7
+NEVER = 1 << 30
 KERNELS = [
     pytest.param(Kernels(segments_from=1), id="slot by slot"),
-    pytest.param(Kernels(segments_from=1 << 30, stacked_up_to=0), id="a loop of products"),
-    pytest.param(Kernels(segments_from=1 << 30, stacked_up_to=1 << 30), id="batched products"),
+    pytest.param(
+        Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0), id="a loop of products"
+    ),
+    pytest.param(
+        Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), id="batched products"
+    ),
+    pytest.param(Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER), id="gathered rows"),
+    pytest.param(
+        Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=2), id="gathered rows or batched products"
+    ),
 ]
 
 
@@ -354,18 +362,42 @@ def test_rows_without_an_adapter_add_nothing_at_all() -> None:
     assert torch.equal(GroupedAdaptation([views()[-1]], (0, 0)).add(SITES[0], x, x.clone()), x)
 
 
+def runs_of(kernels: Kernels, rows: list[int], tokens: int = 1) -> list[list[int]]:
+    """How many slots share a product, span by span: a span has slots of one size."""
+    spans = GroupedAdaptation(views(), tuple(rows), kernels).spans
+    return [[len(run.parts) for run in span.slots.runs(tokens)] for span in spans]
+
+
 def test_slots_that_lie_side_by_side_share_a_product() -> None:
     """Two of equal rank; the third has another, and a row more would make the batch ragged."""
+    kernels = Kernels(stacked_up_to=4, gathered_up_to=0, gathered_at_most=0)
+    assert runs_of(kernels, [0, 1, 2, 3, 4]) == [[1], [1], [2], [1]]
+    assert runs_of(kernels, [2, 2, 3, 3]) == [[2]]
+    assert runs_of(kernels, [2, 2, 3]) == [[1, 1]]
+    assert runs_of(kernels, [3, 2]) == [[1, 1]]
+    assert runs_of(kernels, [2, 3], tokens=5) == [[1, 1]]
 
-    def runs(rows: list[int], tokens: int = 1) -> list[list[int]]:
-        spans = GroupedAdaptation(views(), tuple(rows), Kernels(stacked_up_to=4)).spans
-        return [[len(run) for run in span.slots.runs(tokens)] for span in spans]
 
-    assert runs([0, 1, 2, 3, 4]) == [[1], [1], [2], [1]]
-    assert runs([2, 2, 3, 3]) == [[2]]
-    assert runs([2, 2, 3]) == [[1, 1]]
-    assert runs([3, 2]) == [[1, 1]]
-    assert runs([2, 3], tokens=5) == [[1, 1]]
+def test_few_rows_of_slots_anywhere_in_a_stack_are_gathered() -> None:
+    kernels = Kernels(stacked_up_to=4, gathered_up_to=2, gathered_at_most=0)
+    assert runs_of(kernels, [0, 1, 2, 3, 4]) == [[1], [1], [2], [1]]
+    assert runs_of(kernels, [3, 2, 2, 3]) == [[3]]
+    assert runs_of(kernels, [3, 2, 2], tokens=2) == [[1, 1]]
+    assert runs_of(kernels, [2, 3], tokens=2) == [[2]]
+    spans = GroupedAdaptation(views(), (3, 2, 2, 2, 3, 2), kernels).spans
+    assert [[run.kernel for run in span.slots.runs(1)] for span in spans] == [["one", "one", "gathered"]]
+
+
+def test_more_rows_are_gathered_where_they_cannot_be_stacked() -> None:
+    """A loop costs a call for each adapter."""
+    kernels = Kernels(stacked_up_to=100, gathered_up_to=0, gathered_at_most=3)
+    assert runs_of(kernels, [2, 3]) == [[2]]
+    spans = GroupedAdaptation(views(), (2, 2, 3, 3, 2, 2, 2, 3, 3, 3, 3), kernels).spans
+    (found,) = [[(run.kernel, len(run.parts)) for run in span.slots.runs(1)] for span in spans]
+    assert found == [("stacked", 2), ("one", 1), ("one", 1)], "three rows can be gathered, four are too many"
+    spans = GroupedAdaptation(views(), (2, 3, 3, 2, 2, 2), kernels).spans
+    (found,) = [[(run.kernel, len(run.parts)) for run in span.slots.runs(1)] for span in spans]
+    assert found == [("gathered", 3)]
 
 
 # --- what a package holds ------------------------------------------------------------------------------------

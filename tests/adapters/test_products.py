@@ -1,4 +1,4 @@
-"""Packed matrices hold what they were packed from, and multiply like plain ones."""
+"""However a matrix is laid out, it holds the same numbers and multiplies alike."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from adapters import products
-from adapters.products import Activation, can_pack, linear, pack, unpack
+from adapters.products import Activation, by_inputs, gathered, has_onednn, linear, pack, unpack
 
 CPU = torch.device("cpu")
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu")
@@ -22,7 +22,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu")
     activation=st.sampled_from(ACTIVATIONS),
     has_bias=st.booleans(),
 )
-def test_a_packed_matrix_multiplies_like_the_plain_one(
+def test_matrices_multiply_alike_in_every_layout(
     dtype: torch.dtype, rows: int, inputs: int, outputs: int, activation: Activation, has_bias: bool
 ) -> None:
     weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(2, rows, inputs).to(dtype)
@@ -33,8 +33,11 @@ def test_a_packed_matrix_multiplies_like_the_plain_one(
     if activation != "none":
         expected = (functional.relu if activation == "relu" else functional.gelu)(expected)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    for matrix in (packed, weight):
-        got = linear(x, matrix, bias, activation)
+    corner = torch.full((inputs + 3, outputs + 2), float("nan"), dtype=dtype)[:inputs, :outputs].t()
+    corner.copy_(weight)
+    for matrix in (packed, weight, by_inputs(weight), corner):
+        with torch.no_grad():
+            got = linear(x, matrix, bias, activation)
         assert got.dtype == dtype and got.shape == (2, rows, outputs)
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -47,11 +50,11 @@ def test_rows_of_any_layout_are_multiplied() -> None:
 
 
 def test_what_cannot_be_packed_stays_plain() -> None:
-    assert can_pack(CPU, torch.float32), "oneDNN is part of every build of torch for a CPU"
+    assert has_onednn(CPU, torch.float32), "oneDNN is part of every build of torch for a CPU"
     for dtype in (torch.float64, torch.float16):
         weight = torch.randn(3, 2).to(dtype)
         assert pack(weight) is weight
-    assert not can_pack(torch.device("meta"), torch.float32)
+    assert not has_onednn(torch.device("meta"), torch.float32)
     packed = pack(torch.randn(3, 2))
     assert pack(packed) is packed
 
@@ -60,12 +63,10 @@ def test_operations_that_do_not_work_are_not_used(monkeypatch: pytest.MonkeyPatc
     """They are torch's own but not public: another version may lack them, or give other numbers."""
     lacking = type("Lacking", (), {})()
     monkeypatch.setattr(torch.ops, "mkldnn", lacking)
-    assert not can_pack.__wrapped__(CPU, torch.float32)
+    assert not has_onednn.__wrapped__(CPU, torch.float32)
     monkeypatch.undo()
-    monkeypatch.setattr(
-        products, "linear", lambda x, weight, bias, activation: torch.full((3, 6), float(weight.is_mkldnn))
-    )
-    assert not can_pack.__wrapped__(CPU, torch.float32)
+    monkeypatch.setattr(products, "_by_onednn", lambda x, weight, bias, activation: torch.zeros(3, 6))
+    assert not has_onednn.__wrapped__(CPU, torch.float32)
 
 
 def test_a_gradient_that_a_packed_matrix_cannot_give_is_refused() -> None:
@@ -74,3 +75,31 @@ def test_a_gradient_that_a_packed_matrix_cannot_give_is_refused() -> None:
         linear(x, pack(weight), None)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, pack(weight), None), functional.linear(x, weight))
+
+
+def test_a_gradient_flows_through_many_rows_of_a_matrix_by_inputs() -> None:
+    """oneDNN would be faster, and give none: it is for serving."""
+    weight, x = by_inputs(torch.randn(6, 5)).requires_grad_(), torch.randn(64, 5)
+    linear(x, weight, None).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(6, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=30, deadline=None)
+@given(
+    places=st.lists(st.integers(0, 3), min_size=1, max_size=9), inputs=st.integers(1, 40), outputs=st.integers(1, 40)
+)
+def test_gathered_rows_meet_their_own_matrices(
+    dtype: torch.dtype, places: list[int], inputs: int, outputs: int
+) -> None:
+    matrices = torch.randn(4, inputs, outputs).to(dtype)
+    x, table = torch.randn(len(places), inputs).to(dtype), matrices.view(-1, outputs)
+    rows = inputs * torch.tensor(places, dtype=torch.int32)[:, None] + torch.arange(inputs, dtype=torch.int32)
+    starts = torch.arange(0, rows.numel(), inputs, dtype=torch.int32)
+    got = gathered(x, table, rows.flatten(), starts)
+    assert got.dtype == dtype
+    expected = torch.einsum("bi,bio->bo", x.double(), matrices[places].double())
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    alone = [gathered(own, table, own_rows, starts[:1]) for own, own_rows in zip(x.split(1), rows, strict=True)]
+    assert torch.equal(got, torch.cat(alone)), "a row's sum must not depend on the rows beside it"

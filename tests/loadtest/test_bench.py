@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest.bench import decode, stages
+from loadtest.bench import decode, kernels, stages
 from loadtest.bench.harness import Table, take_turns
 
 
@@ -46,3 +46,16 @@ def test_every_way_through_every_stage_is_timed_beside_its_limit(capsys: pytest.
         assert limits[:2] == [1.0, 1.0] and all(0 < limit <= 1 for limit in limits)
     assert result["command"] == "python -m loadtest.bench stages --batch 3 --adapters 2 --ranks 8,16 --repeats 1 --json"
     assert result["torch"] == torch.__version__ and result["machine"]
+
+
+def test_every_kernel_is_timed_and_every_mix_stands_beside_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ranks", "4", "--tokens", "1,70", "--adapters", "3", "--mix-ranks", "2", "--mix-tokens", "2"]
+    result = run(kernels, [*words, "--mix-adapters", "1,4", "--mix-rows", "1,5"], capsys)
+    by_kernel, mixes = result["tables"]
+    assert by_kernel["columns"] == ["tokens", *kernels.KERNELS]
+    (few, many) = by_kernel["rows"]
+    assert few[0] == "1" and all(ms > 0 for ms in few[1:])
+    assert many[0] == "70" and many[4] == "", "what would take far more numbers of rows than there are weights"
+    names = [row[0] for row in mixes["rows"]]
+    assert names[0] == "identical, 1 adapters" and len(names) == 7
+    assert all(times > 0 for row in mixes["rows"] for times in row[1:])

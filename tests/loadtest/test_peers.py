@@ -78,7 +78,7 @@ def test_a_difference_is_explained_only_where_both_sides_follow_from_their_rules
 
 def test_swapped_weights_answer_as_a_mixed_batch_does(capsys: pytest.CaptureFixture[str]) -> None:
     model = make_blip(TINY, CPU, torch.float32)
-    stage, slots = make_stage("text", model, 3, 64), make_slots(model, 8, 3)
+    stage, slots = make_stage("text", model, 3, 64), make_slots(TINY, 8, 3, CPU, torch.float32)
     one = OneAdapter(fold_adapters(TINY, 8, 3, torch.float32), CPU)
     mixed = stage.forward(adapt_rows(slots, range(3)))
     for number in (2, 0, 1):

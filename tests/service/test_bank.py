@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from adapters.config import BASE_ADAPTER
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
-from adapters.families.base import Site, SlotView
+from adapters.families.base import Site
 from adapters.families.uniadapter import UniAdapter
 from adapters.package import Package
-from adapters.products import unpack
 from service.backbone.base import Backbone
 from service.backbone.folder import load_backbone
 from service.bank import (
@@ -351,54 +350,22 @@ def test_an_adapter_in_a_slot_is_served_although_it_left_the_host(
     bank.lease(adapters[1].digest).release()
 
 
-def test_wide_slots_of_a_cpu_refer_to_packed_adapters_on_the_host(backbone: Backbone) -> None:
-    """Host and device are the same memory: there is nothing to copy, and nothing but the slot keeps what the host let go."""
-    bank = make_bank(backbone, ((4, 1), (8, 1)), host_bytes=1, packed_from=8)
-    narrow, wide, small = (bank.fold(package_of(backbone, rank, seed)) for seed, rank in enumerate((2, 8, 3)))
-    for adapter in (narrow, wide):
-        bank.put(adapter)
-    lease = bank.lease(wide.digest)
-    for name, tensor in fold_package(package_of(backbone, 8, 1), backbone.dims(), torch.float32).tensors.items():
-        held = lease.view.tensors[name]
-        assert held is wide.tensors[name]
-        is_matrix = name.removesuffix(".weight") in UniAdapter().layer_maps()
-        assert isinstance(held, tuple) == is_matrix
-        assert all(torch.equal(unpack(held[layer]), tensor[layer]) for layer in range(len(tensor)))
-    assert bank.residency()["device"][wide.digest] == wide.num_bytes + bytes_of_heads(backbone)
-    lease.release()
-    bank.put(small)  # the host has room for one: the wide one is let go there, and stays in its slot
-    assert not bank.has(wide.digest)
-    bank.lease(wide.digest).release()
-    assert bank.unload(wide.digest)["device"] == wide.num_bytes + bytes_of_heads(backbone)
-    first, second = bank.lease(small.digest), narrow
-    bank.put(second)
-    assert bank.lease(second.digest).view.place is None, "a small adapter that takes a wide slot is referred to as well"
-    first.release()
-
-
-def bytes_of_heads(backbone: Backbone) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in backbone.head_tensors().values())
-
-
-def test_a_slot_that_is_emptied_while_its_bytes_are_counted_has_none_or_all(backbone: Backbone) -> None:
-    """Who reads metrics or unloads counts on another thread than the one that writes slots."""
-
-    class Emptied:
-        """Looked at a second time, it is empty."""
-
-        def __init__(self) -> None:
-            self.views: list[SlotView] = [view]
-
-        @property
-        def view(self) -> SlotView | None:
-            return self.views.pop() if self.views else None
-
-    bank = make_bank(backbone, ((8, 1),), packed_from=8)
-    adapter = bank.fold(package_of(backbone, 8, 1))
-    bank.put(adapter)
-    view = bank.lease(adapter.digest).view
-    (bucket,) = bank._buckets.values()
-    assert bucket.num_bytes(Emptied()) == bucket.num_bytes(bucket.slots[0]) > 0  # type: ignore[arg-type]
+def test_matrices_of_layers_lie_by_inputs_on_the_host_and_in_slots(backbone: Backbone) -> None:
+    """So that filling a slot copies memory as it is, and a slot's rows can be gathered."""
+    bank = make_bank(backbone, ((4, 1), (8, 1)))
+    for rank in (8, 3):
+        package = package_of(backbone, rank, rank)
+        bank.put(bank.fold(package))
+        lease = bank.lease(package.weights_digest)
+        place = lease.view.place
+        assert place is not None
+        for name, tensor in fold_package(package, backbone.dims(), torch.float32).tensors.items():
+            held, on_host = lease.view.tensors[name], bank.adapter(package.weights_digest).tensors[name]
+            assert torch.equal(held, tensor) and torch.equal(on_host, tensor)
+            if name.removesuffix(".weight") in UniAdapter().layer_maps():
+                assert on_host.transpose(1, 2).is_contiguous()
+                assert place.stack[name].transpose(-1, -2).is_contiguous()
+        lease.release()
 
 
 def test_rows_of_neighbouring_slots_can_be_put_side_by_side(backbone: Backbone, adapters: list[HostAdapter]) -> None:
@@ -415,14 +382,12 @@ def test_slot_tensors_never_move(backbone: Backbone, adapters: list[HostAdapter]
     bank = make_bank(backbone, ((4, 2), (8, 1)))
     put_all(bank, adapters)
     addresses = {
-        (key, name): tensor.data_ptr()
-        for key, bucket in bank._buckets.items()
-        for name, tensor in (bucket.stack or {}).items()
+        (key, name): tensor.data_ptr() for key, bucket in bank._buckets.items() for name, tensor in bucket.stack.items()
     }
     for _ in range(5):
         for adapter in adapters:
             bank.lease(adapter.digest).release()
-    now = {(key, n): t.data_ptr() for key, bucket in bank._buckets.items() for n, t in (bucket.stack or {}).items()}
+    now = {(key, n): t.data_ptr() for key, bucket in bank._buckets.items() for n, t in bucket.stack.items()}
     assert now == addresses
 
 

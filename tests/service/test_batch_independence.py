@@ -25,7 +25,7 @@ from adapters.package import write_package
 from service.backbone.base import Backbone
 from service.backbone.folder import load_backbone
 from service.backbones import Backbones
-from service.bank import PACKED_FROM, AdapterBank
+from service.bank import AdapterBank
 from service.engine import Engine
 from service.metrics import Metrics
 from service.scheduler import BatchLimits, Scheduler
@@ -63,13 +63,18 @@ ADAPTERS: tuple[
 )
 BUCKETS = ((6, 2), (12, 2))  # fewer slots than adapters: some mixes must wait for each other
 NEVER = 1 << 30
-WAYS: dict[
-    str, tuple[Kernels, int]
-] = {  # kernels, and from which rank adapters are packed; the backbone is packed or not too
-    "as served": (DEFAULT_KERNELS, PACKED_FROM),
-    "packed, slot by slot": (Kernels(segments_from=1), 1),
-    "packed from rank 6, a loop of products": (Kernels(segments_from=NEVER, stacked_up_to=0), 6),
-    "plain, batched products": (Kernels(segments_from=NEVER, stacked_up_to=NEVER), NEVER),
+WAYS: dict[str, tuple[Kernels, bool]] = {  # kernels, and whether the backbone's matrices are packed
+    "as served": (DEFAULT_KERNELS, True),
+    "packed, slot by slot": (Kernels(segments_from=1), True),
+    "packed, a loop of products": (
+        Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0),
+        True,
+    ),
+    "plain, batched products": (
+        Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0),
+        False,
+    ),
+    "plain, gathered rows": (Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER), False),
 }
 
 
@@ -104,10 +109,10 @@ class Runner:
     """A bank of four adapters, and engines that are stepped by hand."""
 
     def __init__(self, folder: Path, way: str) -> None:
-        kernels, packed_from = WAYS[way]
+        kernels, is_packed = WAYS[way]
         write_tiny_backbone(folder / "backbone")
         self.backbone: Backbone = load_backbone(folder / "backbone")
-        if packed_from < NEVER:
+        if is_packed:
             self.backbone.pack()
         self.metrics = Metrics()
         self.bank = AdapterBank(
@@ -119,7 +124,6 @@ class Runner:
             host_bytes=1 << 30,
             metrics=self.metrics,
             kernels=kernels,
-            packed_from=packed_from,
         )
         self.digests: list[str] = []
         self.media: dict[tuple[int, int], Tensor] = {}

@@ -29,7 +29,7 @@ from service.backbone.blip import Blip
 from service.backbone.config import BlipConfig, TextConfig, VisionConfig
 from service.backbone.convert import with_blip_tokens
 from service.backbone.folder import load_backbone, write_backbone
-from service.bank import PACKED_FROM, AdapterBank, Buckets
+from service.bank import AdapterBank, Buckets
 from service.config import Settings
 from service.demo.vocabulary import build_tokenizer
 from service.home import push_package
@@ -130,9 +130,7 @@ def make_package(folder: Path, backbone: Backbone, task: Task = "vqa", *, seed: 
     return write_package(folder, config, random_tensors(config, backbone.dims(), seed), f"# {folder.name}\n", None)
 
 
-def make_bank(
-    backbone: Backbone, buckets: Buckets = ((4, 2), (8, 1)), host_bytes: int = 1 << 30, packed_from: int = PACKED_FROM
-) -> AdapterBank:
+def make_bank(backbone: Backbone, buckets: Buckets = ((4, 2), (8, 1)), host_bytes: int = 1 << 30) -> AdapterBank:
     """A bank for the backbone."""
     return AdapterBank(
         backbone.dims(),
@@ -142,7 +140,6 @@ def make_bank(
         buckets=buckets,
         host_bytes=host_bytes,
         metrics=Metrics(),
-        packed_from=packed_from,
     )
 
 
