@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -24,11 +23,12 @@ from service.backbones import Backbones, HostedBackbone
 from service.bank import BatchLeases, batch_leases
 from service.engine.blip_stages import medium_of
 from service.engine.stages import begin_batch, run_batch
+from service.engine.texts import Texts, WritingTurns
 from service.errors import DeadlineExceeded, EngineFailed, NotReady
 from service.logs import event
 from service.metrics import Metrics
 from service.scheduler import Scheduler, is_late
-from service.types import Batch, ContinueInput, Job, Stage, StageOutput
+from service.types import Batch, Job, Stage, StageOutput
 
 log = logging.getLogger(__name__)
 
@@ -38,51 +38,6 @@ STOP_TIMEOUT_S = 30.0
 RETRY_S = 0.01  # when jobs wait and none may run: somebody else holds every slot
 SMOOTHING = 0.2  # of what is learnt of a stage's speed
 WRITE = "write"  # the stage label of a word of every text that is being written
-
-
-@dataclass
-class Texts:
-    """Texts that are being written together: whose they are, in order, their slots, and the device time each has had."""
-
-    hosted: HostedBackbone
-    writing: Writing
-    jobs: list[Job]
-    leases: BatchLeases = field(default_factory=BatchLeases)
-    seconds: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a step."""
-        return len(self.writing) * self.writing.num_beams
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are kept for as long as the texts are written."""
-        return sum(map(_kept_tokens, self.jobs))
-
-    def spent(self, seconds: float) -> None:
-        """Share device time among the texts."""
-        for job in self.jobs:
-            self.seconds[job.number] = self.seconds.get(job.number, 0.0) + seconds / len(self.jobs)
-
-    def join(self, other: "Texts") -> None:
-        """Take others in. Texts of neighbouring slots are put side by side."""
-        self.writing.join(other.writing)
-        self.jobs += other.jobs
-        self.seconds |= other.seconds
-        self.leases.take(other.leases)
-        bank = self.hosted.bank
-        order = sorted(range(len(self.jobs)), key=lambda place: bank.place(self.jobs[place].adapter))
-        if order != list(range(len(order))):
-            self.writing.reorder(order)
-            self.jobs = [self.jobs[place] for place in order]
-
-    def remove(self, places: Sequence[int]) -> list[tuple[Job, float]]:
-        """Let jobs go, by their places, with the device time each had."""
-        gone = [self.jobs[place] for place in places]
-        self.jobs = [job for place, job in enumerate(self.jobs) if place not in set(places)]
-        self.leases.keep(job.adapter for job in self.jobs)
-        return [(job, self.seconds.pop(job.number)) for job in gone]
 
 
 class Engine:
@@ -120,10 +75,7 @@ class Engine:
         self._speeds: dict[Stage, float] = {}  # cost a second, smoothed
         for hosted in backbones:
             hosted.bank.is_wanted = scheduler.is_wanted
-        self._texts: list[Texts] = []
-        self._new_rows = self._new_tokens = 0  # of texts that the batch being formed would begin
-        self._first: Job | None = None  # it waits for room or a slot that texts have: no text begins before it
-        self._writing_due_s = 0.0  # device time that others had since texts were last written
+        self._texts = WritingTurns(scheduler)
         self._results: dict[int, Result] = {}
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[int] = deque()
@@ -195,7 +147,7 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._inbox) or len(self._scheduler) > 0 or bool(self._texts)
+        return bool(self._inbox) or len(self._scheduler) > 0 or len(self._texts) > 0
 
     def step(self) -> None:
         """One round: run a batch, or begin its texts; then write a word of every text."""
@@ -204,7 +156,7 @@ class Engine:
         if self._wait_for_more():
             return
         has_run = self._run_next()
-        for texts in list(self._texts):
+        for texts in self._texts:
             self._write(texts)
             has_run = True
         if not has_run and len(self._scheduler):
@@ -225,22 +177,19 @@ class Engine:
 
     def _run_next(self) -> bool:
         """Take a batch and its slots, run it and settle its futures; False when there is none that may run."""
-        self._new_rows = self._new_tokens = 0
-        if self._first is not None and (not self._texts or self._is_dead(self._first)):
-            self._first = None
+        self._texts.form_batch(self._is_dead)
         with batch_leases() as leases:
             batch = self._scheduler.next_batch(lambda job: self._join(job, leases), self._max_cost)
             self._report_queue()
             if batch is None:
                 return False
-            if self._first in batch.jobs:
-                self._first = None
+            self._texts.formed(batch)
             if batch.stage == "generate":
                 self._begin(batch, leases)
                 return True
             start = time.perf_counter()
             self._run(batch, leases)
-            self._writing_due_s += time.perf_counter() - start if self._texts else 0.0
+            self._texts.others_ran(time.perf_counter() - start)
             return True
 
     def _read_inbox(self) -> None:
@@ -276,16 +225,15 @@ class Engine:
 
     def _join(self, job: Job, leases: BatchLeases) -> bool:
         """Whether a job may join the batch: its adapter has a slot, or gets one, and it is its kind's turn."""
-        if self._texts and not self._may_come_in(job):
+        if not self._texts.may_come_in(job):
             return False
         try:
             is_leading = not leases.num_adapters
             has_slot = leases.use(self.backbones.named(job.backbone).bank).add(job.adapter)
             if not has_slot and is_leading:
-                self._keep_for(job)
-            if has_slot and job.stage == "generate":
-                self._new_rows += job.rows
-                self._new_tokens += _kept_tokens(job)
+                self._texts.keep_for(job)
+            if has_slot:
+                self._texts.came_in(job)
             return has_slot
         except Exception as error:
             if _is_fatal(error):
@@ -298,29 +246,6 @@ class Engine:
         if stage == "generate" or stage not in self._speeds:
             return math.inf
         return self._max_batch_s * self._speeds[stage]
-
-    def _may_come_in(self, job: Job) -> bool:
-        """Beside texts being written: a new one while there is room, another job once the texts had their half of the time.
-
-        No text comes in before one that was first in the queue and found no room or no slot: texts that come and go would
-        never leave it any.
-        """
-        if job.stage != "generate":
-            return self._writing_due_s <= 0
-        if self._first is not None and job is not self._first:
-            return False
-        limits = self._scheduler.limits
-        num_rows = sum(texts.num_rows for texts in self._texts) + self._new_rows + job.rows
-        num_tokens = sum(texts.num_tokens for texts in self._texts) + self._new_tokens + _kept_tokens(job)
-        has_room = num_rows <= limits.max_rows and num_tokens <= limits.max_tokens
-        if not has_room and not self._new_rows:
-            self._keep_for(job)
-        return has_room
-
-    def _keep_for(self, job: Job) -> None:
-        """A job found that texts have all room or slots: what they leave is kept for it. Background work asks in its turn."""
-        if self._texts and self._first is None and (not job.background or self._scheduler.is_background_due):
-            self._first = job
 
     def _observe(self, stage: str, num_jobs: int, num_adapters: int, seconds: float) -> None:
         self._metrics.batch_seconds.labels(stage).observe(seconds)
@@ -393,10 +318,10 @@ class Engine:
         begun.leases.take(leases)
         begun.spent(seconds)
         for texts in self._texts:
-            if texts.hosted is begun.hosted and texts.writing.can_join(begun.writing):
+            if texts.can_join(begun):
                 self._join_texts(texts, begun)
                 return
-        self._texts.append(begun)
+        self._texts.add(begun)
 
     def _read_texts(self, batch: Batch, leases: BatchLeases) -> Texts:
         hosted, in_order = self._in_slots(batch, leases)
@@ -434,13 +359,11 @@ class Engine:
         seconds = time.perf_counter() - start
         self.last_forward_at = time.monotonic()
         self._observe(WRITE, num_jobs, num_adapters, seconds)
-        self._writing_due_s = max(0.0, self._writing_due_s - seconds)
+        self._texts.wrote(seconds)
         if texts.jobs:
             texts.spent(seconds)
-            return
-        self._texts.remove(texts)
-        if not self._texts:
-            self._writing_due_s = 0.0
+        else:
+            self._texts.remove(texts)
 
     def _settle_texts(self, texts: Texts, found: Sequence[tuple[int, StageOutput]]) -> None:
         gone = texts.remove([place for place, _ in found])
@@ -500,11 +423,6 @@ class Engine:
             self._inbox.clear()
         for result in results.values():
             _set_error(result, NotReady(f"the device thread cannot run this any more: {error}"))
-
-
-def _kept_tokens(job: Job) -> int:
-    """Tokens of a text that stay while it is written: all of a language model's. What a BLIP looked at is read only once."""
-    return job.tokens if isinstance(job.inputs, ContinueInput) else 0
 
 
 def _set_error(result: Result | None, error: BaseException) -> None:

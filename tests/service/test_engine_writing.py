@@ -298,7 +298,7 @@ def test_texts_of_one_adapter_do_not_keep_its_slot_from_another_for_ever(scripte
     assert rounds_until(scripted, waiting, text(3, busy)) < 10
     while scripted.engine._has_work:
         scripted.engine.step()
-    assert scripted.is_at_rest() and scripted.engine._first is None
+    assert scripted.is_at_rest() and scripted.engine._texts._first is None
 
 
 def test_narrow_texts_do_not_keep_room_from_a_wide_one_for_ever(scripted: ScriptedTexts) -> None:
@@ -316,7 +316,7 @@ def test_texts_come_in_again_when_who_waited_for_room_has_left(scripted: Scripte
     scripted.engine.step()
     narrow = scripted.engine.submit(text(2))
     scripted.engine.step()
-    assert scripted.engine._first is not None and len(scripted.words[-1]) == 1
+    assert scripted.engine._texts._first is not None and len(scripted.words[-1]) == 1
     wide.cancel()
     scripted.engine.step()
     assert len(scripted.words[-1]) == 2
@@ -330,8 +330,8 @@ def test_background_work_keeps_texts_out_only_in_its_turn(scripted: ScriptedText
     scripted.engine.step()
     probe = scripted.engine.submit(job(other, background=True))
     scripted.engine.step()
-    assert not probe.done() and scripted.engine._first is None
+    assert not probe.done() and scripted.engine._texts._first is None
     scripted.engine.submit(text(2, busy))
     scripted.engine.step()  # which earns the background a share
     scripted.engine.step()
-    assert scripted.engine._first is not None
+    assert scripted.engine._texts._first is not None
