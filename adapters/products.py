@@ -95,6 +95,38 @@ def gathered(x: Tensor, table: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
     return product
 
 
+def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows x [N, in] times the matrices [G, in, out] of their groups, [N, out]: one product for groups of any lengths.
+
+    `ends` [G] (int32) says before which row each group ends. Strides of rows must be multiples of 16 bytes.
+    """
+    return functional.grouped_mm(x, matrices, offs=ends)
+
+
+@cache
+def can_group(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped products run here as one kernel: on CUDA devices from Hopper on, in bfloat16.
+
+    Elsewhere torch loops over the groups itself, and waits for the device to learn their lengths. Tried before it is used.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return groups_right(device, dtype)
+
+
+def groups_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped products give what they should: an empty group, rows of a larger tensor, a layer of a stack."""
+    x = torch.linspace(-1, 1, 7 * 16, device=device).to(dtype).view(7, 16)
+    stack = torch.linspace(-1, 1, 3 * 2 * 16 * 24, device=device).to(dtype).view(3, 2, 16, 24)[:, 1, :, :16]
+    ends = torch.tensor([3, 3, 7], dtype=torch.int32, device=device)
+    try:
+        got = grouped(x, stack, ends)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    tolerance = 16 * torch.finfo(dtype).eps
+    return torch.allclose(got, torch.cat([x[:3] @ stack[0], x[3:] @ stack[2]]), rtol=tolerance, atol=tolerance)
+
+
 @cache
 def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN serves here. The operations are torch's own but not public: they are tried before they are used."""

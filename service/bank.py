@@ -27,7 +27,7 @@ from adapters.config import BASE_ADAPTER, AdapterConfig, Architecture
 from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooLarge
 from adapters.families import families_for, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
-from adapters.families.slots import DEFAULT_KERNELS, Kernels, Place
+from adapters.families.slots import Kernels, Place, kernels_for
 from adapters.package import Package
 from adapters.products import by_inputs
 from service.errors import NoFreeSlot
@@ -134,14 +134,17 @@ class AdapterBank:
         buckets: Buckets,
         host_bytes: int,
         metrics: Metrics,
-        kernels: Kernels = DEFAULT_KERNELS,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone."""
+        """`dims` None: the backbone takes no adapters and the bank holds `__base__` alone.
+
+        `kernels` None: those that serve on this device.
+        """
         self.dims = dims
         self.device = device
         self.dtype = dtype
         self.buckets = buckets
-        self._kernels = kernels
+        self._kernels = kernels or kernels_for(device, dtype)
         self.is_wanted: Callable[[str], bool] = lambda digest: False  # set by the engine, which knows what waits
         self._heads = dict(heads)
         self._base = SlotView(None, self._heads)

@@ -7,9 +7,11 @@ slot stand next to each other. Which kernel is fastest where was measured (docs/
     many (`segments_from`)       the maths runs slot by slot on views of the rows: what a slot makes stays in the cache
     some, slots side by side     *stacked*: one batched product over the bank's stack, no weight is copied
     few, slots anywhere          *gathered*: one weighted sum of the stack's rows
+    any, on a Hopper GPU         *grouped*: one product for groups of any lengths (bfloat16; not measured)
     all others                   a loop of products into one result; all else of the maths once for all rows
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.products import Activation, activate, gathered, linear
+from adapters.products import Activation, activate, can_group, gathered, grouped, linear
 
 Weights = Mapping[str, Tensor]  # those of layers: [layers, ...]
 
@@ -40,16 +42,23 @@ class Slot(Protocol):
 class Kernels:
     """From how many rows x tokens of a slot on the maths runs slot by slot, and up to how many the others are taken.
 
-    The defaults were measured on CPUs. Elsewhere nothing is gathered.
+    The defaults were measured on CPUs. Elsewhere nothing is gathered. With `grouped`, what can be is.
     """
 
     segments_from: int = 256
     stacked_up_to: int = 64
     gathered_up_to: int = 4
     gathered_at_most: int = 16  # where they cannot be stacked
+    grouped: bool = False
 
 
 DEFAULT_KERNELS = Kernels()
+GROUPED_KERNELS = Kernels(segments_from=1 << 60, grouped=True)
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """What serves on a device in a precision."""
+    return GROUPED_KERNELS if can_group(device, dtype) else DEFAULT_KERNELS
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,16 @@ class OneSlot:
     def scale(self, x: Tensor, name: str) -> Tensor:
         """See Slot."""
         return x * self.tensor(name, None)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether grouped products can read its matrices, and what they make of rows: lines of multiples of 16 bytes."""
+        matrices = [tensor for tensor in self.tensors.values() if tensor.ndim == 3]
+        return all(
+            size * tensor.element_size() % 16 == 0
+            for tensor in matrices
+            for size in (*tensor.shape[1:], max(tensor.stride()[1:]))
+        )
 
     @property
     def is_on_cpu(self) -> bool:
@@ -113,12 +132,18 @@ class Part:
             return False
         return other.place.index == self.place.index + 1 and other.num_rows == self.num_rows
 
+    def is_before(self, other: "Part") -> bool:
+        """Whether another part's slot is further behind in the same stack."""
+        if self.place is None or other.place is None or not self.is_beside(other):
+            return False
+        return self.place.index < other.place.index
+
     def is_beside(self, other: "Part") -> bool:
         """Whether another part's slot is in the same stack."""
         return self.place is not None and other.place is not None and self.place.stack is other.place.stack
 
 
-Kernel = Literal["one", "stacked", "gathered"]
+Kernel = Literal["one", "stacked", "gathered", "grouped"]
 
 
 class Run(NamedTuple):
@@ -149,6 +174,7 @@ class ManySlots:
     _known_runs: dict[int, list[Run]] = field(default_factory=dict)
     _vectors: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
     _table_rows: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _known_ends: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def linear(self, x: Tensor, name: str, layer: int | None = None, activation: Activation = "none") -> Tensor:
         """See Slot."""
@@ -160,6 +186,8 @@ class ManySlots:
                 products.append(run.parts[0].slot.linear(rows, name, layer, activation))
             elif run.kernel == "stacked":
                 products.append(_stacked(rows, run, name, layer, activation))
+            elif run.kernel == "grouped":
+                products.append(self._grouped(rows, run, name, layer, activation))
             else:
                 products.append(self._gathered(rows, run, name, layer, activation))
         return products[0] if len(products) == 1 else torch.cat(products)
@@ -183,6 +211,8 @@ class ManySlots:
     def _kernel_of_both(self, run: Run, part: Part, tokens: int) -> Kernel | None:
         """The kernel by which a run and the part behind it go through one product; None: by none."""
         last, kernels = run.parts[-1], self.kernels
+        if kernels.grouped:
+            return "grouped" if last.is_before(part) and last.slot.is_aligned and part.slot.is_aligned else None
         most = max(last.num_rows, part.num_rows) * tokens
         can_gather = run.kernel != "stacked" and last.is_beside(part) and last.slot.is_on_cpu
         if can_gather and most <= kernels.gathered_up_to:
@@ -216,9 +246,33 @@ class ManySlots:
         table = matrices.view(-1, width)[height * (layer or 0) :]
         rows, starts = self._rows_of_table(run, x.shape[1], matrices[0].numel() // width, inputs)
         product = gathered(x, table, rows, starts)[:, :outputs].view(*x.shape[:-1], outputs)
+        return activate(product + self._bias(run, name, layer), activation)
+
+    def _grouped(self, x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
+        """Rows x [B, T, in] times their slots' matrices, those of slots between them that no row has included."""
+        outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
+        places = [part.place.index for part in run.parts if part.place is not None]
+        matrices = run.place.stack[f"{name}.weight"][places[0] : places[-1] + 1]
+        matrices = matrices if layer is None else matrices[:, layer]
+        ends = self._ends(run, places, x.shape[1], x.device)
+        product = grouped(x.reshape(-1, inputs), matrices[:, :outputs, :inputs].transpose(1, 2), ends)
+        return activate(product.view(*x.shape[:-1], outputs) + self._bias(run, name, layer), activation)
+
+    def _ends(self, run: Run, places: Sequence[int], tokens: int, device: torch.device) -> Tensor:
+        """Before which row the group of each slot from a run's first to its last ends; made once."""
+        key = (run.rows.start, tokens)
+        if key not in self._known_ends:
+            lengths = [0] * (places[-1] - places[0] + 1)
+            for part, place in zip(run.parts, places, strict=True):
+                lengths[place - places[0]] = part.num_rows * tokens
+            ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
+            self._known_ends[key] = ends.to(device, non_blocking=True)
+        return self._known_ends[key]
+
+    def _bias(self, run: Run, name: str, layer: int | None) -> Tensor:
+        """[B, 1, out]: the bias of each row of a run."""
         first = self.parts[0].start
-        bias = self._vector(f"{name}.bias", layer)[run.rows.start - first : run.rows.stop - first]
-        return activate(product + bias, activation)
+        return self._vector(f"{name}.bias", layer)[run.rows.start - first : run.rows.stop - first]
 
     def _rows_of_table(self, run: Run, tokens: int, slot_height: int, inputs: int) -> tuple[Tensor, Tensor]:
         """Which rows of a table the tokens of a run need, and where in that list those of each begin; made once."""

@@ -23,7 +23,7 @@ from adapters.families.base import (
     UniformAdaptation,
     adapt_rows,
 )
-from adapters.families.slots import Kernels, OneSlot, Place
+from adapters.families.slots import GROUPED_KERNELS, Kernels, OneSlot, Place
 from adapters.families.uniadapter import (
     UniAdapter,
     frame_factors,
@@ -271,8 +271,8 @@ def views() -> list[SlotView]:
     """
     slots = [SlotView(UNI, {**heads(0), **folded(config_of(rank=3), 0)})]
     slots.append(SlotView(UNI, {**heads(2), **folded(config_of(rank=2, kv_rank=2), 2)}))
-    stacked = [folded(config_of(rank=rank, visual=rank != 4), 10 + rank) for rank in (5, 5, 4)]
-    shapes = UNI.slot_shapes(DIMS, 5) | DIMS.head_shapes()
+    stacked = [folded(config_of(rank=rank, visual=rank != 4), 10 + index) for index, rank in enumerate((8, 8, 4))]
+    shapes = UNI.slot_shapes(DIMS, 8) | DIMS.head_shapes()
     stack = {name: torch.full((3, *shape), float("nan")) for name, shape in shapes.items()}
     stack |= {f"{name}.weight": by_inputs(stack[f"{name}.weight"]) for name in UNI.layer_maps()}
     for index, tensors in enumerate(stacked):
@@ -296,6 +296,7 @@ KERNELS = [
         Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), id="batched products"
     ),
     pytest.param(Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER), id="gathered rows"),
+    pytest.param(GROUPED_KERNELS, id="grouped products"),
     pytest.param(
         Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=2), id="gathered rows or batched products"
     ),
@@ -386,6 +387,21 @@ def test_few_rows_of_slots_anywhere_in_a_stack_are_gathered() -> None:
     assert runs_of(kernels, [2, 3], tokens=2) == [[2]]
     spans = GroupedAdaptation(views(), (3, 2, 2, 2, 3, 2), kernels).spans
     assert [[run.kernel for run in span.slots.runs(1)] for span in spans] == [["one", "one", "gathered"]]
+
+
+def test_slots_in_the_order_of_their_stack_share_a_grouped_product() -> None:
+    """However many rows each has. Matrices whose lines are no multiples of 16 bytes are left out."""
+    kernels = GROUPED_KERNELS
+    assert runs_of(kernels, [0, 2, 2, 2, 3, 4], tokens=99) == [[1], [2], [1]]
+    assert runs_of(kernels, [3, 2]) == [[1, 1]]
+    spans = GroupedAdaptation(views(), (2, 2, 3), kernels).spans
+    assert [[run.kernel for run in span.slots.runs(5)] for span in spans] == [["grouped"]]
+    odd = [
+        replace(view, tensors={n: t[:, :, :7] if n == "visual.weight" else t for n, t in view.tensors.items()})
+        for view in views()
+    ]
+    spans = GroupedAdaptation(odd, (2, 2, 3), kernels).spans
+    assert [[run.kernel for run in span.slots.runs(5)] for span in spans] == [["one", "one"]]
 
 
 def test_more_rows_are_gathered_where_they_cannot_be_stacked() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from adapters import products
-from adapters.products import Activation, by_inputs, gathered, has_onednn, linear, pack, unpack
+from adapters.products import Activation, by_inputs, can_group, gathered, groups_right, has_onednn, linear, pack, unpack
 
 CPU = torch.device("cpu")
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu")
@@ -103,3 +103,13 @@ def test_gathered_rows_meet_their_own_matrices(
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
     alone = [gathered(own, table, own_rows, starts[:1]) for own, own_rows in zip(x.split(1), rows, strict=True)]
     assert torch.equal(got, torch.cat(alone)), "a row's sum must not depend on the rows beside it"
+
+
+def test_grouped_products_are_right_where_they_are_tried_and_serve_on_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert groups_right(CPU, dtype)
+        assert not can_group(CPU, dtype), "there torch loops over the groups itself"
+    monkeypatch.setattr(products, "grouped", lambda x, matrices, ends: torch.zeros(len(x), matrices.shape[2]))
+    assert not groups_right(CPU, torch.float32)

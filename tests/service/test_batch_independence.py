@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from adapters.config import BASE_ADAPTER
-from adapters.families.slots import DEFAULT_KERNELS, Kernels
+from adapters.families.slots import DEFAULT_KERNELS, GROUPED_KERNELS, Kernels
 from adapters.package import write_package
 from service.backbone.base import Backbone
 from service.backbone.folder import load_backbone
@@ -74,6 +74,7 @@ WAYS: dict[str, tuple[Kernels, bool]] = {  # kernels, and whether the backbone's
         Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0),
         False,
     ),
+    "plain, grouped products": (GROUPED_KERNELS, False),
     "plain, gathered rows": (Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER), False),
 }
 
