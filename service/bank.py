@@ -28,7 +28,7 @@ from adapters.errors import AdapterNotFound, Conflict, NonFiniteTensor, RankTooL
 from adapters.families import families_for, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
 from adapters.families.slots import Kernels, Place, kernels_for
-from adapters.package import Package
+from adapters.package import Package, is_finite
 from adapters.products import by_inputs
 from service.errors import NoFreeSlot
 from service.logs import event
@@ -78,7 +78,7 @@ def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> Ho
     folded |= {name: tensor for name, tensor in floats.items() if name in dims.head_shapes()}
     cast = {name: tensor.to(dtype).contiguous() for name, tensor in folded.items()}
     for name, tensor in cast.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NonFiniteTensor(f"{name} does not fit into {dtype} after folding")
     schedule = family.schedule(package.config, dims)
     return HostAdapter(package.weights_digest, package.config, family, family.slot_rank(package.config), cast, schedule)

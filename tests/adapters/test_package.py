@@ -34,6 +34,7 @@ from adapters.package import (
     copy_package,
     expected_shapes,
     files_digest,
+    is_finite,
     pack_tar,
     parse_package,
     read_files,
@@ -254,6 +255,29 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, value: float) -> No
     rewrite(package, "adapter_model.safetensors", lambda t: t["adapters.1.up_proj.weight"][3].fill_(value))
     with pytest.raises(NonFiniteTensor, match=r"adapters\.1\.up_proj\.weight"):
         read_package(package)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1, 7, 64, 65, 4097])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(size)
+    tensor = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    extremes = torch.tensor(
+        [torch.finfo(dtype).min, torch.finfo(dtype).max, torch.finfo(dtype).tiny, -0.0], dtype=dtype
+    )
+    assert is_finite(tensor)
+    assert is_finite(torch.cat([tensor, extremes]))
+    for index in {0, size // 2, size - 1}:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            spoilt = tensor.clone()
+            spoilt[index] = value
+            assert not is_finite(spoilt)
+            assert not is_finite(torch.cat([extremes, spoilt]).view(1, -1, 1).expand(2, -1, 3))
+
+
+@pytest.mark.parametrize("tensor", [torch.empty(0, 3), torch.tensor([True]), torch.tensor([2**31], dtype=torch.int64)])
+def test_nothing_and_integers_are_finite(tensor: Tensor) -> None:
+    assert is_finite(tensor)
 
 
 def test_the_probe_is_checked_too(tmp_path: Path) -> None:
