@@ -128,10 +128,10 @@ def read_probe(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
 
 
 class KnownDigests(NamedTuple):
-    """What is known of files that were parsed before: their digest, and that of their weights."""
+    """What somebody else vouches for: the digest of the files, and that of their weights where they were parsed before."""
 
     package: str
-    weights: str
+    weights: str | None = None
 
 
 def parse_package(
@@ -139,17 +139,18 @@ def parse_package(
 ) -> Package:
     """Check the files of a package, by name. Raises: see `read_package`.
 
-    Of files that were parsed before, and are the same by their digest, `known` saves reading all numbers thrice more.
+    What is `known` of them saves reading all numbers once more, and twice again where they were parsed before.
     """
     _check_names(files)
     config = AdapterConfig.parse(files[CONFIG_FILE])
     tensors = _parse_tensors(files[WEIGHTS_FILE], WEIGHTS_FILE)
     check_names_and_shapes(config, tensors, dims)
-    if known is None:
+    package, weights = known or (files_digest(files), None)
+    if weights is None:
         _check_finite(tensors, WEIGHTS_FILE)
-        known = KnownDigests(files_digest(files), weights_digest(config, tensors))
+        weights = weights_digest(config, tensors)
     probe = _parse_probe(files[PROBE_FILE]) if PROBE_FILE in files else None
-    return Package(None, config, tensors, known.weights, known.package, probe)
+    return Package(None, config, tensors, weights, package, probe)
 
 
 def check_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor], dims: BackboneDims | None = None) -> None:
@@ -237,7 +238,10 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor.detach())
+    in_order = (
+        tensor if tensor.ndim < 2 or tensor.is_contiguous() else tensor.mT
+    )  # ten times as fast, if that is contiguous
+    low, high = torch.aminmax(in_order.detach())
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 

@@ -79,7 +79,7 @@ def unpack(weight: Tensor) -> Tensor:
 
 def by_inputs(weight: Tensor) -> Tensor:
     """Matrices [..., out, in] with the same numbers, laid out by inputs; themselves where they are so already."""
-    return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return weight.mT.contiguous().mT
 
 
 def gathered(x: Tensor, table: Tensor, rows: Tensor, starts: Tensor) -> Tensor:

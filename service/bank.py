@@ -76,7 +76,7 @@ def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> Ho
     floats = {name: tensor.float() for name, tensor in package.tensors.items()}
     folded = family.fold(package.config, floats, dims)
     folded |= {name: tensor for name, tensor in floats.items() if name in dims.head_shapes()}
-    cast = {name: tensor.to(dtype).contiguous() for name, tensor in folded.items()}
+    cast = {name: tensor.to(dtype) for name, tensor in folded.items()}
     for name, tensor in cast.items():
         if not is_finite(tensor):
             raise NonFiniteTensor(f"{name} does not fit into {dtype} after folding")

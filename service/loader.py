@@ -9,10 +9,11 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from adapters.artifacts import ArtifactStore
 from adapters.config import BASE_ADAPTER, AdapterConfig, AudioPreprocessing
@@ -20,6 +21,7 @@ from adapters.errors import (
     AdapterNotFound,
     ArtifactNotFound,
     BackboneMismatch,
+    DigestMismatch,
     InvalidPackage,
     RegistryLost,
     RegistryUnavailable,
@@ -40,7 +42,7 @@ from service.auth import Principal
 from service.backbone.base import Backbone
 from service.backbone.config import AstConfig, BlipConfig, OptConfig
 from service.backbones import DEFAULT, Backbones
-from service.bank import AdapterBank
+from service.bank import AdapterBank, HostAdapter
 from service.errors import AdapterDamaged, Forbidden, NotReady
 from service.logs import event
 from service.metrics import Metrics, Resident
@@ -48,6 +50,8 @@ from service.types import BASE_INFO, AdapterInfo
 from service.views import Views
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 POLL_INTERVAL_S = 1.0
 DRAIN_POLL_S = 0.05
@@ -355,31 +359,44 @@ class Loader:
 
     def read(self, record: VersionRecord) -> Package:
         """The stored package of a version. Any thread. Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart."""
-        try:
-            files = self._artifacts.read(record.package_digest)
-            config = AdapterConfig.parse(files.get(CONFIG_FILE, b""))
-            known = self._known_weights.get(record.package_digest)  # the store has compared the files with this digest
-            digests = None if known is None else KnownDigests(record.package_digest, known)
-            package = parse_package(files, dims=self._backbones.hosting(config).dims(), known=digests)
-        except BackboneMismatch:
-            raise
-        except (ArtifactNotFound, InvalidPackage) as error:
-            message = f"the stored package of {record.reference} is damaged: {error.message}"
-            raise AdapterDamaged(message, param="adapter") from error
-        if package.package_digest != record.package_digest:
-            raise AdapterDamaged(f"the stored package of {record.reference} is damaged: other bytes", param="adapter")
-        self._known_weights[package.package_digest] = package.weights_digest
-        return package
+        return self._make(record, lambda package: package)
 
     def check(self, record: VersionRecord, *, hold: bool = False) -> None:
         """Bring a version to the host tier, or say why it cannot be served by this process. Any thread.
 
         Raises: AdapterDamaged, ArtifactUnavailable, BackboneMismatch, MissingPart, RankTooLarge, NonFiniteTensor.
         """
-        package = self.read(record)
+        bank, adapter = self._make(record, self._folded)
+        bank.put(adapter, hold=hold)
+
+    def _folded(self, package: Package) -> tuple[AdapterBank, HostAdapter]:
         hosted = self._backbones.hosting(package.config)
         check_servable(package.config, hosted.backbone, hosted.bank)
-        hosted.bank.put(hosted.bank.fold(package), hold=hold)
+        return hosted.bank, hosted.bank.fold(package)
+
+    def _make(self, record: VersionRecord, make: Callable[[Package], Made]) -> Made:
+        """make(package) of a version. It runs while the files may still turn out to be others: see ArtifactStore.load."""
+        known = KnownDigests(record.package_digest, self._known_weights.get(record.package_digest))
+
+        def parse_and_make(files: Mapping[str, bytes]) -> tuple[str, Made]:
+            package = self._parsed(record, files, known)
+            return package.weights_digest, make(package)
+
+        try:
+            digest, made = self._artifacts.load(record.package_digest, parse_and_make)
+        except (ArtifactNotFound, DigestMismatch) as error:
+            raise _damaged(record, error) from error
+        self._known_weights[record.package_digest] = digest
+        return made
+
+    def _parsed(self, record: VersionRecord, files: Mapping[str, bytes], known: KnownDigests) -> Package:
+        try:
+            config = AdapterConfig.parse(files.get(CONFIG_FILE, b""))
+            return parse_package(files, dims=self._backbones.hosting(config).dims(), known=known)
+        except BackboneMismatch:
+            raise
+        except InvalidPackage as error:
+            raise _damaged(record, error) from error
 
     def residency(self) -> dict[Resident, int]:
         """Bytes that each adapter takes in each tier, under its registered name; what has none is one sum. Any thread.
@@ -425,6 +442,10 @@ def _outage(state: RegistryState) -> dict[str, object]:
         generation=state.snapshot.generation,
         reason=state.error,
     )
+
+
+def _damaged(record: VersionRecord, error: ArtifactNotFound | InvalidPackage) -> AdapterDamaged:
+    return AdapterDamaged(f"the stored package of {record.reference} is damaged: {error.message}", param="adapter")
 
 
 def check_servable(config: AdapterConfig, backbone: Backbone, bank: AdapterBank) -> None:

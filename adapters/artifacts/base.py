@@ -3,12 +3,14 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from adapters.config import DIGEST_PATTERN
 from adapters.errors import InvalidReference
+
+Made = TypeVar("Made")
 
 
 class Entry(NamedTuple):
@@ -46,6 +48,14 @@ class ArtifactStore(Protocol):
     def read(self, digest: str) -> Mapping[str, bytes]:
         """The files of a package by name, with exactly the bytes that `digest` names.
 
+        Raises: ArtifactNotFound, DigestMismatch.
+        """
+
+    def load(self, digest: str, make: Callable[[Mapping[str, bytes]], Made]) -> Made:
+        """make(files), given only once the files are known to have exactly the bytes that `digest` names.
+
+        `make` may run while they are still being compared, and again with others: nothing may come of a call but what it
+        returns. What it raises is raised where the files are right; where they are not, that is what counts.
         Raises: ArtifactNotFound, DigestMismatch.
         """
 

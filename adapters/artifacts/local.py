@@ -4,12 +4,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from adapters.artifacts.base import Entry, Leftover, aged, hex_of
+from adapters.artifacts.base import Entry, Leftover, Made, aged, hex_of
 from adapters.config import DIGEST_PATTERN
 from adapters.errors import ArtifactNotFound, ArtifactUnavailable, Conflict, DigestMismatch, InvalidPackage
 from adapters.package import files_digest, read_files, write_files
@@ -55,18 +56,31 @@ class LocalArtifactStore:
 
     def read(self, digest: str) -> dict[str, bytes]:
         """See ArtifactStore."""
+        files = self._files(digest)
+        _check_digest(digest, files_digest(files))
+        return files
+
+    def load(self, digest: str, make: Callable[[Mapping[str, bytes]], Made]) -> Made:
+        """See ArtifactStore. The files are compared on another thread, beside `make`."""
+        files = self._files(digest)
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as thread:
+            found = thread.submit(files_digest, files)
+            try:
+                return make(files)
+            finally:
+                _check_digest(digest, found.result())
+
+    def _files(self, digest: str) -> dict[str, bytes]:
+        """The files as they are. Raises: ArtifactNotFound, ArtifactUnavailable, DigestMismatch for what are no such files."""
         folder = self.path(digest)
         try:
-            files = read_files(folder)
+            return read_files(folder)
         except InvalidPackage as error:
             self.path(digest)  # deleted meanwhile: say that instead
             reason = error.__cause__
             if isinstance(reason, OSError) and not isinstance(reason, (FileNotFoundError, NotADirectoryError)):
                 raise ArtifactUnavailable(f"artifact {digest}: {error.message}") from error  # the disk, not the package
             raise DigestMismatch(f"artifact {digest} is damaged: {error.message}", param="digest") from error
-        if (found := files_digest(files)) != digest:
-            raise DigestMismatch(f"artifact {digest} is damaged: its files have the digest {found}", param="digest")
-        return files
 
     def verify(self, digest: str) -> None:
         """See ArtifactStore."""
@@ -148,6 +162,12 @@ class LocalArtifactStore:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ArtifactUnavailable(f"the store {str(self.root)!r} cannot be {done}: {reason}") from error
+
+
+def _check_digest(digest: str, found: str) -> None:
+    """Raises: DigestMismatch."""
+    if found != digest:
+        raise DigestMismatch(f"artifact {digest} is damaged: its files have the digest {found}", param="digest")
 
 
 def _num_bytes(folder: Path) -> int:

@@ -9,12 +9,12 @@ Nothing here relies on a rename, which object stores do not have: an artifact is
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 
-from adapters.artifacts.base import Entry, Leftover, aged, hex_of
+from adapters.artifacts.base import Entry, Leftover, Made, aged, hex_of
 from adapters.artifacts.cache import PackageCache
 from adapters.artifacts.manifest import Manifest
 from adapters.artifacts.objects import Objects
@@ -181,6 +181,10 @@ class RemoteArtifactStore(RemoteFolders):
         except ArtifactUnavailable as error:
             log.warning("artifact %s was fetched and cannot be kept in the cache: %s", digest, error)
         return files
+
+    def load(self, digest: str, make: Callable[[Mapping[str, bytes]], Made]) -> Made:
+        """See ArtifactStore."""
+        return make(self.read(digest))
 
     def verify(self, digest: str) -> None:
         """See ArtifactStore: reads the store, whatever is in the cache."""

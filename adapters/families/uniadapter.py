@@ -13,8 +13,9 @@ Optional key and value adapters, one pair per cross-attending stack: g * up(down
 A fresh adapter is *not* the identity: c normalises whatever the up-projections give (see `init_tensors`).
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field, ValidationError
@@ -140,8 +141,8 @@ class UniAdapter:
         g goes into the up-projection of its key or value adapter. What is switched off becomes zeros.
         """
         options = options_of(config)
-        layers = [self._fold_layer(tensors, f"adapters.{layer}", options) for layer in range(dims.layers)]
-        slot = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        layers = (self._fold_layer(tensors, f"adapters.{layer}", options) for layer in range(dims.layers))
+        slot = _join_layers(layers, dims.layers)
         gate = 1.0 if options.query_residual and options.textual else 0.0
         slot["query_gate"] = slot["down.bias"].new_full((1,), gate)
         if options.kv_rank is not None:
@@ -252,6 +253,26 @@ def frame_factors(similarity: Tensor, tokens_per_frame: int) -> Tensor:
     factors = weights[:, :, None].repeat(1, 1, tokens_per_frame)
     factors[:, :, 0] = 1.0
     return factors.flatten(1).to(similarity.dtype)
+
+
+def _join_layers(layers: Iterator[SlotTensors], count: int) -> dict[str, Tensor]:
+    """The tensors of `count` layers, [layers, ...] each, matrices laid out by inputs.
+
+    Where no gradient is asked for, a layer is put in its place while it is in the processor's cache.
+    """
+    first = next(layers)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in first.values()):
+        made = [first, *layers]
+        return {name: torch.stack([layer[name] for layer in made]) for name in first}
+    turned = {name: tensor.new_empty((count, *_turned(tensor).shape)) for name, tensor in first.items()}
+    for index, layer in enumerate(itertools.chain([first], layers)):
+        for name, tensor in layer.items():
+            turned[name][index] = _turned(tensor)  # torch turns a matrix fast that is written as it will lie
+    return {name: tensor.mT if tensor.ndim == 3 else tensor for name, tensor in turned.items()}
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.mT if tensor.ndim == 2 else tensor
 
 
 def memory_stacks(config: AdapterConfig) -> tuple[Stack, ...]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import struct
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import pytest
 
 from adapters.artifacts import LocalArtifactStore
+from adapters.artifacts.base import Made
 from adapters.config import BASE_ADAPTER
 from adapters.errors import (
     AdapterNotFound,
@@ -22,6 +24,7 @@ from adapters.errors import (
     RankTooLarge,
     RegistryUnavailable,
 )
+from adapters.package import CONFIG_FILE, WEIGHTS_FILE
 from adapters.registry import Registry, Snapshot
 from adapters.registry.registry import blank_revision
 from adapters.registry.sqlite import SqliteStore
@@ -50,13 +53,13 @@ class Artifacts(LocalArtifactStore):
         self.has_begun = threading.Event()
         self.error: Exception | None = None
 
-    def read(self, digest: str) -> dict[str, bytes]:
+    def load(self, digest: str, make: Callable[[Mapping[str, bytes]], Made]) -> Made:
         self.asked[digest] += 1
         self.has_begun.set()
         assert self.is_open.wait(WAIT_S)
         if self.error is not None:
             raise self.error
-        return super().read(digest)
+        return super().load(digest, make)
 
 
 class Watched(Registry):
@@ -375,6 +378,41 @@ def test_a_package_that_changed_on_disk_is_refused_instead_of_loaded_again_and_a
             file.write_bytes((bench.artifacts.path(find) / file.name).read_bytes())
         with pytest.raises(AdapterDamaged, match="ask@1 is damaged"):
             await bench.pinned("ask")
+
+    run(story)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_weights_that_changed_on_disk_reach_nobody_whatever_they_fold_to(run: Run, value: float) -> None:
+    """They are folded while they are still being compared: also what cannot be folded is told as damage."""
+
+    async def story(bench: Bench) -> None:
+        record = bench.loader.snapshot.version("ask", 1)
+        for is_known in (False, True):
+            weights = bench.artifacts.path(record.package_digest) / WEIGHTS_FILE
+            whole = weights.read_bytes()
+            weights.write_bytes(whole[:-4] + struct.pack("<f", value))
+            with pytest.raises(AdapterDamaged, match=r"ask@1 is damaged: artifact .* its files have the digest"):
+                await bench.pinned("ask")
+            assert not bench.bank.has(record.weights_digest)
+            assert is_known == (record.package_digest in bench.loader._known_weights)
+            assert bench.bank.residency() == {"device": {}, "host": {}}
+            weights.write_bytes(whole)
+            await bench.pinned("ask")
+            bench.bank.unload(record.weights_digest)
+
+    run(story)
+
+
+def test_a_config_that_changed_on_disk_is_damage_and_not_another_backbones(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        config = bench.artifacts.path(bench.loader.snapshot.version("ask", 1).package_digest) / CONFIG_FILE
+        text = config.read_text()
+        for changed in (text.replace('"width": ', '"width": 1'), text.replace('"rank": ', '"rank": 9999'), "{}"):
+            assert changed != text
+            config.write_text(changed)
+            with pytest.raises(AdapterDamaged, match="its files have the digest"):
+                await bench.pinned("ask")
 
     run(story)
 

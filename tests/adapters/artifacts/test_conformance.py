@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import ArtifactNotFound, DigestMismatch, InvalidPackage, InvalidReference, UnsafePath
-from adapters.package import files_digest, read_files
+from adapters.package import WEIGHTS_FILE, files_digest, read_files
 from tests.adapters.artifacts.stores import ABSENT, Place, a_place, forks, hidden, make_folder, num_bytes_below
 
 
@@ -31,6 +31,41 @@ def test_it_is_there_for_whoever_comes_later(place: Place, tmp_path: Path) -> No
     digest = place.open().put(make_folder(tmp_path / "p"))
     place.cache = tmp_path / "another host's"
     assert place.open().read(digest) == read_files(tmp_path / "p")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 1 << 20])
+def test_what_is_loaded_is_made_of_exactly_the_files_that_were_put(
+    place: Place, num_bytes: int, tmp_path: Path
+) -> None:
+    digest = place.open().put(make_folder(tmp_path / "p", num_bytes=num_bytes))
+    files = read_files(tmp_path / "p")
+    for _ in range(2):  # from afar, and from the cache
+        assert place.open().load(digest, dict) == files
+    with pytest.raises(ZeroDivisionError):
+        place.open().load(digest, lambda files: 1 / 0)
+    with pytest.raises(ArtifactNotFound, match=ABSENT):
+        place.open().load(ABSENT, dict)
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "longer", "shorter", "another file", "no weights"])
+def test_nothing_that_is_made_of_damaged_files_gets_out(place: Place, damage: str, tmp_path: Path) -> None:
+    store = place.open()
+    digest = store.put(make_folder(tmp_path / "p", num_bytes=1 << 20))
+    path = place.path(digest, WEIGHTS_FILE)
+    whole = place.fs.cat_file(path)
+    assert isinstance(whole, bytes)
+    changed = {"other bytes": whole[:-1] + b"?", "longer": whole + b"?", "shorter": whole[:-1]}
+    if damage in changed:
+        place.fs.pipe_file(path, changed[damage])
+    elif damage == "another file":
+        place.fs.pipe_file(place.path(digest, "probe.safetensors"), b"?")
+    else:
+        place.fs.rm_file(path)
+    for make in (dict, lambda files: 1 / 0):
+        if damage == "another file" and place.is_remote:
+            continue  # a remote artifact is the files that its manifest lists
+        with pytest.raises(DigestMismatch, match="is damaged"):
+            store.load(digest, make)
 
 
 def test_an_empty_file_is_a_file(place: Place, tmp_path: Path) -> None:
