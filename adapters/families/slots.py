@@ -182,15 +182,19 @@ class ManySlots:
         products = []
         for run in self.runs(x.shape[1]):
             rows = x[run.rows.start - first : run.rows.stop - first]
-            if run.kernel == "one":
-                products.append(run.parts[0].slot.linear(rows, name, layer, activation))
-            elif run.kernel == "stacked":
-                products.append(_stacked(rows, run, name, layer, activation))
-            elif run.kernel == "grouped":
-                products.append(self._grouped(rows, run, name, layer, activation))
-            else:
-                products.append(self._gathered(rows, run, name, layer, activation))
+            products.append(self._product(rows, run, name, layer, activation))
         return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _product(self, x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
+        match run.kernel:
+            case "one":
+                return run.parts[0].slot.linear(x, name, layer, activation)
+            case "stacked":
+                return _stacked(x, run, name, layer, activation)
+            case "grouped":
+                return self._grouped(x, run, name, layer, activation)
+            case "gathered":
+                return self._gathered(x, run, name, layer, activation)
 
     def runs(self, tokens: int) -> list[Run]:
         """Parts that go through one product; found once."""

@@ -18,6 +18,7 @@ from service.backbone.blip import Blip
 from service.gallery.frames import pool
 from service.pipelines.retrieve import match_scores
 from service.types import MatchInput, MatchOutput, TextOutput, VisionOutput
+from tests.devices import DEVICE
 from tests.parity.companions import Companion
 from tests.parity.serving import Rows, Served
 from tests.parity.sets import ATOL, OWN, RTOL, Case, Comparison, Quantity, compare
@@ -206,14 +207,15 @@ class Claims:
             many = len(rows_of)
             decoder = self.served.backbone.model.decoder
             assert decoder is not None
-            memory = decoder.body.remember(y, y_mask.repeat(many, 1), adaptation)
-            return decoder.score(ids.repeat(many, 1), mask.repeat(many, 1), memory, adaptation)[rows_of["case"]]
+            ids, mask, y_mask = (t.to(y.device).repeat_interleave(many, 0) for t in (ids, mask, y_mask))
+            memory = decoder.body.remember(y, y_mask, adaptation)
+            return decoder.score(ids, mask, memory, adaptation)[rows_of["case"]]
 
     def forced_loss(self, name: str, quantity: Quantity) -> Got:
         rows = self.rows(quantity)
         got = [("", -torch.tensor([r.scores[0] for r in rows.ranked(rows.forced)]))]
         if quantity.variant == OWN:
-            ids, mask = self.case.input("given_answer_ids"), self.case.input("given_answer_mask").bool()
+            ids, mask = self._given("given_answer_ids"), self._given("given_answer_mask").bool()
             got.append(("training", shifted_nll(self._trained_forced(), ids, mask)))
         return got
 
@@ -226,16 +228,16 @@ class Claims:
         pictures = case.pixels.shape[0] * case.pixels.shape[1]
         got = [("", answer_loss(torch.tensor(losses), case.input("train_weights"), pictures))]
         if quantity.variant == OWN:
-            counts = case.input("train_answer_counts")
+            counts = self._given("train_answer_counts")
             batch = AnswerBatch(
-                case.pixels,
-                case.input("question_ids"),
-                case.input("question_mask").bool(),
-                torch.arange(len(case.pixels)),
-                case.input("train_answer_ids"),
-                case.input("train_answer_mask").bool(),
-                torch.arange(len(counts)).repeat_interleave(counts),
-                case.input("train_weights"),
+                case.pixels.to(DEVICE),
+                self._given("question_ids"),
+                self._given("question_mask").bool(),
+                torch.arange(len(case.pixels), device=DEVICE),
+                self._given("train_answer_ids"),
+                self._given("train_answer_mask").bool(),
+                torch.arange(len(counts), device=DEVICE).repeat_interleave(counts),
+                self._given("train_weights"),
             )
             got.append(("training", vqa_loss(self.training_backbone, batch, self.trainable.adaptation())))
         return got
@@ -248,7 +250,7 @@ class Claims:
         for label, site in _sites(quantity.parameters["mode"], quantity.number("layer")):
             with self.served.mixed(quantity.variant, x) as (adaptation, many, rows_of):
                 own = _term(adaptation, label, site, many)[rows_of["case"]]
-            got.append((label, own + x if "residual" in quantity.parameters else own))
+            got.append((label, own.cpu() + x if "residual" in quantity.parameters else own))
         return got
 
     def unit_memory(self, name: str, quantity: Quantity) -> Got:
@@ -261,20 +263,24 @@ class Claims:
         return [("", terms[0 if quantity.parameters["which"] == "key" else 1][rows_of["case"]])]
 
     def unit_vision_norm(self, name: str, quantity: Quantity) -> Got:
-        return [("", self.served.backbone.model.vision.norm(self.case.unit_input(name, quantity)))]
+        return [("", self.served.backbone.model.vision.norm(self.case.unit_input(name, quantity).to(DEVICE)))]
 
     def unit_text_norm(self, name: str, quantity: Quantity) -> Got:
         encoder = self.served.backbone.model.text_encoder
         assert encoder is not None
-        return [("", encoder.embeddings.norm(self.case.unit_input(name, quantity)))]
+        return [("", encoder.embeddings.norm(self.case.unit_input(name, quantity).to(DEVICE)))]
 
     # --- the way through training ------------------------------------------------------------------------
+
+    def _given(self, name: str) -> Tensor:
+        """An input, where the model is."""
+        return self.case.input(name).to(DEVICE)
 
     @cached_property
     def trainable(self) -> TrainableAdapter:
         """The case's adapter with its parameters as a fine-tuning run holds them."""
         package, backbone = self.served.packages[OWN.name], self.served.backbone
-        adapter = TrainableAdapter(package.config, backbone.dims(), backbone.head_tensors(), seed=0)
+        adapter = TrainableAdapter(package.config, backbone.dims(), backbone.head_tensors(), seed=0, device=DEVICE)
         assert adapter.tensors.keys() == package.tensors.keys()
         for name, tensor in package.tensors.items():
             adapter.tensors[name].data.copy_(tensor)
@@ -286,21 +292,23 @@ class Claims:
 
     @cached_property
     def trained_pairs(self) -> EncodedPairs:
-        ids, mask = self.case.input("text_ids"), self.case.input("text_mask").bool()
-        batch = RetrievalBatch(self.case.pixels, ids, mask, torch.arange(len(self.case.pixels)))
+        ids, mask = self._given("text_ids"), self._given("text_mask").bool()
+        batch = RetrievalBatch(
+            self.case.pixels.to(DEVICE), ids, mask, torch.arange(len(self.case.pixels), device=DEVICE)
+        )
         return encode_pairs(self.training_backbone, batch, self.trainable.adaptation())
 
     def _trained_logits(self) -> Tensor:
         """[texts, clips, 2]."""
-        ids, mask = self.case.input("text_ids"), self.case.input("text_mask").bool()
+        ids, mask = self._given("text_ids"), self._given("text_mask").bool()
         num_texts, num_clips = len(ids), len(self.case.pixels)
         logits = match_logits(
             self.training_backbone,
             ids,
             mask,
             self.trained_pairs,
-            torch.arange(num_texts).repeat_interleave(num_clips),
-            torch.arange(num_clips).repeat(num_texts),
+            torch.arange(num_texts, device=DEVICE).repeat_interleave(num_clips),
+            torch.arange(num_clips, device=DEVICE).repeat(num_texts),
             self.trainable.adaptation(),
             self.served.rows[OWN].weighs_frames,
         )
@@ -308,12 +316,12 @@ class Claims:
 
     def _trained_states(self) -> Tensor:
         case = self.case
-        nothing = torch.zeros(0)
+        nothing = torch.zeros(0, device=DEVICE)
         batch = AnswerBatch(
-            case.pixels,
-            case.input("question_ids"),
-            case.input("question_mask").bool(),
-            torch.arange(len(case.pixels)),
+            case.pixels.to(DEVICE),
+            self._given("question_ids"),
+            self._given("question_mask").bool(),
+            torch.arange(len(case.pixels), device=DEVICE),
             nothing,
             nothing,
             nothing,
@@ -325,10 +333,10 @@ class Claims:
         case = self.case
         return self.training_backbone.score_answers(
             self._trained_states(),
-            case.input("question_mask").bool(),
-            case.input("given_answer_ids"),
-            case.input("given_answer_mask").bool(),
-            torch.arange(len(case.pixels)),
+            self._given("question_mask").bool(),
+            self._given("given_answer_ids"),
+            self._given("given_answer_mask").bool(),
+            torch.arange(len(case.pixels), device=DEVICE),
             self.trainable.adaptation(),
         )
 
@@ -357,11 +365,12 @@ class Claims:
             else torch.randn(2, 3, self.served.backbone.dims().width)
         )
         for layer in range(self.served.backbone.dims().layers):
-            for mode in ("visual", "text", "multimodal"):
+            on = companion.reference.on
+            for mode, is_on in (("visual", on.visual), ("text", on.textual), ("multimodal", on.multimodal)):
                 for label, site in _sites(mode, layer):
                     with self.served.mixed(OWN, x) as (adaptation, many, rows_of):
                         own = _term(adaptation, label, site, many)[rows_of[companion.name]]
-                    expected = companion.reference.adapter(layer, x, mode)
+                    expected = companion.reference.adapter(layer, x, mode) if is_on else torch.zeros_like(x)
                     yield compare(f"{companion.name}: adapter {layer} {mode} ({label})", own, expected, UNIT_ATOL, RTOL)
 
 
@@ -404,7 +413,7 @@ def _compare_retrieval(companion: Companion, rows: Rows) -> Iterator[Comparison]
 
 
 def _compare_answers(companion: Companion, rows: Rows, max_length: int) -> Iterator[Comparison]:
-    for ranking, ranked in zip(companion.rankings, rows.ranked(rows.rank), strict=True):
+    for ranking, ranked in zip(companion.rankings, rows.ranked(rows.rank_all or rows.rank), strict=True):
         by_index = dict(zip(ranked.indices, ranked.scores, strict=True))
         yield _near(f"{companion.name}: rank", torch.tensor([by_index[i] for i in ranking.topk]), ranking.scores)
     for num_beams in rows.generate:

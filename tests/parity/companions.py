@@ -1,11 +1,12 @@
 """Adapters that nobody recorded, to fill the batches of those that somebody did.
 
 A companion is a checkpoint over the same frozen backbone, imported like any other, that differs in rank, heads,
-key/value adapter and frame weighting. The plain reference says what its rows must give.
+key/value adapter and frame weighting; or only in its numbers, and is asked what the case is. The plain reference says
+what its rows must give.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.parity.reference import Answer, Ids, Ranking, Reference, Switches
 from tests.parity.sets import FROZEN, Case
 
 HEADS = ("vision_proj", "text_proj", "itm_head")
+TWIN = "twin"
 ADAPTER_NAMES = ("adapters.", "adapters_m.", "adapters_dec.")
 UPS = ("up_proj", "multi_up_proj", "visual_up_proj")
 
@@ -25,6 +27,8 @@ class Companion:
     """A checkpoint, what the reference makes of it, and the rows it puts beside a case's.
 
     `document` None is `__base__`. Clips are [B, T, 3, R, R] with a number of frames of its own; text i asks about clip i.
+    `is_twin`: of the case's size and options, and asked all that the case is, so that whatever serves slots of one size
+    together serves these two.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Companion:
     clips: Tensor
     texts: list[tuple[int, ...]]
     answers: list[tuple[int, ...]]
+    is_twin: bool = False
 
     @cached_property
     def hidden(self) -> list[Tensor]:
@@ -98,7 +103,7 @@ def as_row(ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 @cache
 def make_companions(case: Case) -> list[Companion]:
-    """Three for a case: a wide adapter, one as fresh from its initialisation, and no adapter at all."""
+    """Four for a case: its twin, a wide adapter, one as fresh from its initialisation, and no adapter at all."""
     generator = torch.Generator().manual_seed(7)
     state, config = case.document["model"], case.config
     rank = state["adapters.0.down_proj.weight"].shape[0]
@@ -112,7 +117,9 @@ def make_companions(case: Case) -> list[Companion]:
         "frame_aware_attention": not config.get("frame_aware_attention", False),
     }
     fresh = {**wide, "video_key_adapter": True, "frame_aware_attention": True}
+    twin = _twin(case, rank, torch.Generator().manual_seed(11))
     return [
+        twin,
         _companion(case, "wide", config | wide, 2 * rank + 3, 1.0, num_frames + 1, generator, own_heads=True),
         _companion(
             case, "fresh", config | fresh, rank // 2 or 2, 0.02, max(1, num_frames - 1), generator, own_heads=False
@@ -124,6 +131,14 @@ def make_companions(case: Case) -> list[Companion]:
             *_rows(case, num_frames + 2, generator),
         ),
     ]
+
+
+def _twin(case: Case, rank: int, generator: torch.Generator) -> Companion:
+    """The case with other numbers."""
+    adapter = _companion(case, TWIN, case.config, rank, 1.0, 1, generator, own_heads=True)
+    kind = "text" if case.has("text_ids") else "question"
+    answers = case.rows("answer") if case.has("answer_ids") else []
+    return replace(adapter, clips=case.pixels, texts=case.rows(kind), answers=answers, is_twin=True)
 
 
 def _companion(
@@ -141,7 +156,7 @@ def _companion(
     heads = {n: t for n, t in state.items() if n.split(".")[0] in HEADS}
     for layer in range(_num_layers(state)):
         state |= _adapter(f"adapters.{layer}", state["visual_encoder.norm.weight"].shape[0], rank, size, generator)
-    if config["video_key_adapter"]:
+    if Switches.of(config).memory:
         for encoder in ("text_encoder", "text_decoder.bert"):
             if f"{encoder}.embeddings.word_embeddings.weight" in state:
                 for which in ("key", "value"):

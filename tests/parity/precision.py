@@ -10,7 +10,7 @@ float32 and then cast. What is compared is ours with ours, row by row, the rows 
 import argparse
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ from service.backbone.base import DTYPES
 from service.types import GenerateOutput, MatchOutput, RankInput, RankOutput, TextInput, VisionOutput
 from tests.parity.epalm import mutations as epalm_mutations
 from tests.parity.epalm.cases import Case as EPalmCase
-from tests.parity.epalm.serving import World, make_worlds
+from tests.parity.epalm.serving import make_worlds
 from tests.parity.mutations import default_cases
 from tests.parity.outcomes import quiet, write
 from tests.parity.serving import Ran, Rows, Served, serve
@@ -51,7 +51,7 @@ class Outputs:
 
     def add(self, kind: str, value: Tensor) -> None:
         """Keep numbers, as float32."""
-        self.numbers.setdefault(kind, []).append(value.detach().float().clone())
+        self.numbers.setdefault(kind, []).append(value.detach().float().cpu().clone())
 
     def decide(self, kind: str, chosen: Sequence[int], margin: float) -> None:
         """Keep a decision."""
@@ -157,8 +157,7 @@ def _written(num_beams: int) -> str:
 def epalm_outputs(cases: Sequence[EPalmCase], dtype: str) -> Outputs:
     """Run the cases in a precision."""
     outputs = Outputs()
-    for world in make_worlds(cases):
-        _cast(world, DTYPES[dtype])
+    for world in make_worlds(cases, dtype=DTYPES[dtype]):
         for features in world.features.values():
             assert features.dtype == DTYPES[dtype]
             outputs.add("encoders' first tokens", features)
@@ -174,15 +173,6 @@ def epalm_outputs(cases: Sequence[EPalmCase], dtype: str) -> Outputs:
             margin = float(ordered[0] - ordered[1]) if len(ordered) > 1 else 0.0
             outputs.decide("ranked answer", [ranking.indices[ranking.best]], margin)
     return outputs
-
-
-def _cast(world: World, dtype: torch.dtype) -> None:
-    """What a server does as it loads: the model cast and packed, folded slots cast."""
-    world.model.to(dtype)
-    world.model.pack()
-    for name, adapter in world.adapters.items():
-        tensors = {key: cast(Tensor, tensor).to(dtype) for key, tensor in adapter.slot.tensors.items()}
-        world.adapters[name] = replace(adapter, slot=replace(adapter.slot, tensors=tensors))
 
 
 # --- how far apart ---------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 (No class here prints its tensors: asyncio formats a finished task, result and all, once per run.)
 
 Every stage is queued whole before the device thread starts, so that one batch holds the case's rows under every variant,
-the rows of its companions and rows of `__base__`. Forward hooks on the real modules see what passes between.
+the rows of its companions and rows of `__base__`, taken from each in turn. Forward hooks on the real modules see what
+passes between; what they see is brought to the CPU.
 """
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from adapters.artifacts import LocalArtifactStore
 from adapters.config import BASE_ADAPTER
-from adapters.families.base import Adaptation
+from adapters.families import FAMILIES
+from adapters.families.base import Adaptation, UniformAdaptation
 from adapters.families.uniadapter import options_of
 from adapters.importers.checkpoint import ImportedAdapter
 from adapters.importers.uniadapter import import_uniadapter
@@ -55,6 +57,8 @@ from service.types import (
     VisionInput,
     VisionOutput,
 )
+from tests.devices import DEVICE
+from tests.kernels import SERVED, SETTINGS, Setting
 from tests.parity.companions import Companion, make_companions
 from tests.parity.sets import OWN, WHOLE, Case, Variant
 
@@ -69,7 +73,7 @@ class Seen:
     calls: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, place: str, value: Tensor) -> None:
-        self.calls.setdefault(place, []).append(value.detach().clone())
+        self.calls.setdefault(place, []).append(value.detach().clone().cpu())
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,26 +249,55 @@ class Served:
     records: list[BatchRecord]
     metrics: Metrics
 
+    @cached_property
+    def asking(self) -> list[tuple[Rows, Companion | None]]:
+        """Everyone's rows, and which companion's they are: first the case's, then its twin's, so that slots of one size are
+        filled side by side. Variants that come to the same adapter have the same rows.
+        """
+        own = list({id(rows): rows for rows in (self.rows[OWN], *self.rows.values())}.values())
+        beside = [(self.beside[companion.name], companion) for companion in self.companions]
+        twins = [(rows, companion) for rows, companion in beside if companion.is_twin]
+        others = [(rows, companion) for rows, companion in beside if not companion.is_twin]
+        return [(own[0], None), *twins, *((rows, None) for rows in own[1:]), *others]
+
+    @property
+    def asked_alike(self) -> list[Rows]:
+        """Those that are asked the very same: the case's, its variants' and its twin's."""
+        return [rows for rows, companion in self.asking if companion is None or companion.is_twin]
+
     @contextmanager
     def mixed(self, variant: Variant, x: Tensor) -> Iterator[tuple[Adaptation, Tensor, Mapping[str, slice]]]:
-        """An adaptation through the bank for x [B, L, D] once per adapter, and which rows are whose."""
+        """An adaptation through the bank for each row of x [B, L, D] once per adapter, one after the other, in the order of
+        their slots; x on the device, and which rows are whose.
+        """
         pins = {"case": self.rows[variant].pin, **{name: rows.pin for name, rows in self.beside.items()}}
-        slices = {name: slice(i * len(x), (i + 1) * len(x)) for i, name in enumerate(pins)}
         with batch_leases(self.bank) as leases:
             for pin in pins.values():
                 assert leases.add(pin.digest)
-            adaptation = leases.adaptation([pin.digest for pin in pins.values() for _ in range(len(x))])
+            names = sorted(pins, key=lambda name: self.bank.place(pins[name].digest))
+            adaptation = leases.adaptation([pins[name].digest for name in names] * len(x))
             assert adaptation is not None
-            yield adaptation, torch.cat([x] * len(pins)), slices
+            rows = {name: slice(place, None, len(names)) for place, name in enumerate(names)}
+            yield adaptation, x.to(self.bank.device).repeat_interleave(len(names), 0), rows
+
+    def slot_tensors(self, variant: Variant) -> Mapping[str, Tensor]:
+        """What is in the slot of the case's adapter."""
+        with batch_leases(self.bank) as leases:
+            digest = self.rows[variant].pin.digest
+            adaptation = leases.adaptation([digest]) if leases.add(digest) else None
+            assert isinstance(adaptation, UniformAdaptation)
+            return adaptation.view.tensors
 
 
-def serve(case: Case, folder: Path, dtype: str = "float32") -> Served:
+def serve(case: Case, folder: Path, dtype: str = "float32", setting: Setting = SETTINGS[SERVED]) -> Served:
     """Import a case and its companions into `folder` and run every stage that its recorded outputs ask for."""
-    return asyncio.run(_serve(case, folder, dtype))
+    return asyncio.run(_serve(case, folder, dtype, setting))
 
 
-async def _serve(case: Case, folder: Path, dtype: str) -> Served:
+async def _serve(case: Case, folder: Path, dtype: str, setting: Setting) -> Served:
     backbone = import_backbone(case, folder / "backbone", dtype)
+    if setting.packs:  # as a server does
+        backbone.pack()
     companions = make_companions(case)
     variants = {quantity.variant for quantity in case.claimed.values()} | {OWN, WHOLE}
     documents = {v.name: {**case.document, "config": case.settings(v)} for v in variants if not v.frozen}
@@ -279,7 +312,7 @@ async def _serve(case: Case, folder: Path, dtype: str) -> Served:
         record = registry.add_version(name, PackageInfo.of(packages[name]))
         registry.set_alias(name, "prod", record.version)
     metrics = Metrics()
-    bank = make_bank(backbone, packages.values(), metrics)
+    bank = make_bank(backbone, packages.values(), metrics, setting)
     loader = Loader(registry, store, Backbones.of_one(backbone, bank, metrics), metrics)
     try:
         async with AsyncExitStack() as stack:
@@ -287,11 +320,12 @@ async def _serve(case: Case, folder: Path, dtype: str) -> Served:
             async def pin(name: str) -> Pin:
                 return await stack.enter_async_context(loader.pin(name, LOCAL))
 
-            rows = {}
+            rows: dict[Variant, Rows] = {}
             for variant in sorted(variants, key=lambda v: v.name):
                 found = await pin(BASE_ADAPTER if variant.frozen else variant.name)
                 weighs = bool(case.settings(variant).get("frame_aware_attention")) if variant.frozen else _weighs(found)
-                rows[variant] = Rows(found, weighs)
+                same = [own for own in rows.values() if own.pin.digest == found.digest and own.weighs_frames == weighs]
+                rows[variant] = same[0] if same else Rows(found, weighs)
             beside = {}
             for companion in companions:
                 found = await pin(BASE_ADAPTER if companion.document is None else companion.name)
@@ -313,9 +347,7 @@ def import_backbone(case: Case, folder: Path, dtype: str = "float32") -> Backbon
     source = convert.read_authors(case.checkpoint)
     model, _ = convert.assemble(source, num_heads=case.num_heads, special_ids=SpecialIds(**case.special_ids))
     write_backbone(folder, model, None, {})
-    backbone = load_backbone(folder, dtype=dtype)
-    backbone.pack()  # as a server does
-    return backbone
+    return load_backbone(folder, device=str(DEVICE), dtype=dtype)
 
 
 def import_adapter(document: Mapping[str, Any], backbone: Backbone) -> ImportedAdapter:
@@ -328,10 +360,8 @@ def import_adapter(document: Mapping[str, Any], backbone: Backbone) -> ImportedA
     )
 
 
-def make_bank(backbone: Backbone, packages: Sequence[Package] | Any, metrics: Metrics) -> AdapterBank:
+def make_bank(backbone: Backbone, packages: Iterable[Package], metrics: Metrics, setting: Setting) -> AdapterBank:
     """A bank with two buckets: one for the narrowest adapters alone, one that holds them all."""
-    from adapters.families import FAMILIES
-
     ranks = sorted(FAMILIES["uniadapter"].slot_rank(package.config) for package in packages)
     buckets = tuple({rank: len(ranks) for rank in (ranks[0], ranks[-1])}.items())
     return AdapterBank(
@@ -342,6 +372,7 @@ def make_bank(backbone: Backbone, packages: Sequence[Package] | Any, metrics: Me
         buckets=buckets,
         host_bytes=1 << 30,
         metrics=metrics,
+        kernels=setting.kernels,
     )
 
 
@@ -386,16 +417,14 @@ async def run_together(served: Served, wanted: Sequence[Wanted]) -> None:
 
 
 async def _run_stages(served: Served) -> None:
-    case, all_rows = served.case, {**served.rows}
-    own = [(rows, list(case.pixels)) for rows in all_rows.values()]
-    others = [(served.beside[c.name], list(c.clips)) for c in served.companions]
+    case = served.case
     resolution = case.pixels.shape[-1]
     await run_together(
         served,
         [
-            Wanted("vision", r.pin, VisionInput(clip), r.vision, (resolution,))
-            for r, clips in own + others
-            for clip in clips
+            Wanted("vision", rows.pin, VisionInput(clip), rows.vision, (resolution,))
+            for rows, companion in served.asking
+            for clip in (case.pixels if companion is None else companion.clips)
         ],
     )
     if case.has("text_ids"):
@@ -406,8 +435,8 @@ async def _run_stages(served: Served) -> None:
 
 def _texts_of(served: Served, kind: str) -> list[tuple[Rows, list[Row]]]:
     """Every adapter's rows with its texts."""
-    own = [(rows, served.case.rows(kind)) for rows in served.rows.values()]
-    return own + [(served.beside[c.name], c.texts) for c in served.companions]
+    own = served.case.rows(kind)
+    return [(rows, own if companion is None else companion.texts) for rows, companion in served.asking]
 
 
 async def _run_retrieval(served: Served) -> None:
@@ -438,29 +467,28 @@ async def _run_questions(served: Served) -> None:
                 question = GenerateInput(ids, states.flatten(0, 1), num_beams, case.max_length)
                 wanted.append(Wanted("generate", rows.pin, question, into, (num_beams, case.max_length)))
         await run_together(served, wanted)
-    answers = {rows.pin.info.name: c.answers for c, rows in zip(served.companions, served.beside.values(), strict=True)}
-    await run_together(served, _ranking(served, answers))
+    await run_together(served, _ranking(served))
     if case.has("given_answer_ids"):
         given = case.rows("given_answer")
         await run_together(
             served,
             [
                 Wanted("rank", rows.pin, RankInput(ids, states.flatten(0, 1), (candidate,), 1), rows.forced)
-                for rows in served.rows.values()
+                for rows in served.asked_alike
                 for ids, states, candidate in zip(case.rows("question"), rows.states, given, strict=True)
             ]
             + _companion_ranking(served),
         )
 
 
-def _ranking(served: Served, answers: Mapping[str, list[Row]]) -> list[Wanted]:
+def _ranking(served: Served) -> list[Wanted]:
     case = served.case
     wanted = _companion_ranking(served)
     train: list[list[Row]] = []
     if case.has("train_answer_ids"):
         left = iter(case.rows("train_answer"))
         train = [[next(left) for _ in range(count)] for count in case.input("train_answer_counts").tolist()]
-    for rows in served.rows.values():
+    for rows in served.asked_alike:
         decoding = rows.pin.config.decoding if rows.pin.config is not None else None
         k = decoding.rank_k if decoding is not None else int(case.config.get("k_test", 128))
         for place, (ids, states) in enumerate(zip(case.rows("question"), rows.states, strict=True)):
@@ -478,7 +506,7 @@ def _ranking(served: Served, answers: Mapping[str, list[Row]]) -> list[Wanted]:
 def _companion_ranking(served: Served) -> list[Wanted]:
     wanted = []
     for companion, rows in zip(served.companions, served.beside.values(), strict=True):
-        if companion.answers:
+        if companion.answers and not companion.is_twin:
             rows.rank = []
             for ids, states in zip(companion.texts, rows.states, strict=True):
                 asked = RankInput(ids, states.flatten(0, 1), tuple(companion.answers), len(companion.answers))

@@ -298,6 +298,7 @@ class Comparison:
 
 def compare(name: str, got: Tensor, expected: Tensor, atol: float, rtol: float) -> Comparison:
     """|got - expected| <= atol + rtol * |expected|; whole numbers and entries of a table not looked at exactly."""
+    got, expected = got.detach().cpu(), expected.detach().cpu()
     is_exact = not expected.is_floating_point()
     if got.shape != expected.shape:
         name = f"{name} (shape {list(got.shape)}, not {list(expected.shape)})"

@@ -61,17 +61,19 @@ def test_the_rows_beside_it_are_right_too(case: Case, claims_of: ClaimsOf) -> No
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_its_batches_were_mixed(case: Case, claims_of: ClaimsOf) -> None:
-    """One batch per stage held the case's rows, two adapters of other ranks and options, and rows without any."""
+    """One batch per stage held the case's rows, its twin's, two adapters of other ranks and options, and rows without any."""
     served = claims_of(case).served
     own = {rows.pin.digest for rows in served.rows.values()}
     beside = {rows.pin.digest for rows in served.beside.values()}
-    assert BASE_ADAPTER in beside and len(beside) == 3
+    assert BASE_ADAPTER in beside and len(beside) == 4
     assert {record.batch.stage for record in served.records} >= {"vision"}
     for record in served.records:
         assert record.adapters & (own - {BASE_ADAPTER}) and beside <= record.adapters
     counted = served.metrics.registry.get_sample_value("bank_batch_adapters_count", {"stage": "vision"})
     summed = served.metrics.registry.get_sample_value("bank_batch_adapters_sum", {"stage": "vision"})
     assert counted is not None and summed is not None and summed >= 4 * counted
+    own_config, twin_config = (served.packages[name].config for name in ("own", "twin"))
+    assert (own_config.rank, own_config.heads) == (twin_config.rank, twin_config.heads)
     configs = [package.config for name, package in served.packages.items() if name in ("own", "wide", "fresh")]
     assert len({config.rank for config in configs}) == 3
     assert len({config.options["kv_rank"] for config in configs}) >= 2

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from adapters.config import BASE_ADAPTER
-from adapters.families import FAMILIES
-from adapters.families.base import Adaptation, EncoderDims, OptDims, SlotView, adapt_rows
+from adapters.families.base import Adaptation, EncoderDims, OptDims, SlotView
 from adapters.importers.epalm import import_epalm
+from adapters.package import Package
 from adapters.training.data import TextBatch
 from adapters.training.objectives import text_losses
 from service.backbone import opt_answers
 from service.backbone.convert_opt import OptPart, assemble_opt, read_part
 from service.backbone.decoding import Start, pad_ids
 from service.backbone.opt import Opt
+from service.bank import AdapterBank
+from service.metrics import Metrics
 from service.types import GenerateOutput, RankOutput
+from tests.devices import DEVICE
+from tests.kernels import SERVED, SETTINGS, Setting
 from tests.parity.epalm.cases import Case, Row, Text
 from tests.parity.epalm.reference import Reference
 
@@ -80,7 +84,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a row's whole forward gave: what entered each layer and all logits, without padding, the prompt between."""
+    """What a row's whole forward gave: what entered each layer and all logits, without padding, the prompt between. On the CPU."""
 
     inputs: list[Tensor]
     logits: Tensor
@@ -94,13 +98,33 @@ class World:
 
     cases: list[Case]
     parts: tuple[OptPart, ...]
+    setting: Setting = SETTINGS[SERVED]
+    dtype: torch.dtype = torch.float32
     _losses: dict[str, dict[Asked, Tensor]] = field(default_factory=dict)
     _generated: dict[tuple[int, str], dict[Asked, GenerateOutput]] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Opt:
-        """Converted from the library's folders."""
-        return assemble_opt(self.parts)[0]
+        """Converted from the library's folders, and laid out as a server does."""
+        model = assemble_opt(self.parts)[0].to(device=DEVICE, dtype=self.dtype)
+        if self.setting.packs:
+            model.pack()
+        return model
+
+    @cached_property
+    def bank(self) -> AdapterBank:
+        """Slots for all adapters: those of one connector alone, and those that hold any."""
+        most = max(encoder.layers for encoder in self.dims.encoders.values())
+        return AdapterBank(
+            self.dims,
+            {},
+            device=self.model.device,
+            dtype=self.dtype,
+            buckets=((1, len(self.cases) + 1), (most, len(self.cases) + 1)),
+            host_bytes=1 << 30,
+            metrics=Metrics(),
+            kernels=self.setting.kernels,
+        )
 
     @cached_property
     def dims(self) -> OptDims:
@@ -122,23 +146,22 @@ class World:
         found = {case.name: self._imported(case.name, case, case.document) for case in self.cases}
         first = self.cases[0]
         found[MADE_UP] = self._imported(MADE_UP, first, self._made_up(first))
-        found[BASE_ADAPTER] = Adapter(BASE_ADAPTER, first, None, None, SlotView(None, {}))
+        found[BASE_ADAPTER] = Adapter(BASE_ADAPTER, first, None, None, self.bank.lease(BASE_ADAPTER).view)
         return found
 
     def _imported(self, name: str, case: Case, document: Mapping[str, Any]) -> Adapter:
-        family, dims = FAMILIES["epalm"], self.dims
         has_token = document["config"].get("special_answer_token") is not None
         imported = import_epalm(
             document,
-            dims=dims,
+            dims=self.dims,
             parts=PARTS,
             resolution=IMAGE_SIDE,
             encoder=self.encoder(case),  # type: ignore[arg-type]  # a literal, which the config checks
             answer_token_id=case.special_ids["answer_token"] if has_token else None,
         )
-        slot = family.fold(imported.config, imported.tensors, dims)
-        view = SlotView(family, slot, family.schedule(imported.config, dims))
-        return Adapter(name, case, document["model"], document["config"], view)
+        package = Package(None, imported.config, imported.tensors, f"{case.label} {name}", "")
+        self.bank.put(self.bank.fold(package), hold=True)
+        return Adapter(name, case, document["model"], document["config"], self.bank.lease(package.weights_digest).view)
 
     def _made_up(self, case: Case) -> dict[str, Any]:
         """A window in the middle, two features, a short prompt."""
@@ -190,7 +213,7 @@ class World:
         with torch.inference_mode():
             for (encoder, _), cases in together.items():
                 keys = [(case.folder / case.name, sample) for case in cases for sample in range(len(case.samples))]
-                tokens = self.model.perceive(encoder, torch.cat([case.samples for case in cases]))
+                tokens = self.model.perceive(encoder, torch.cat([case.samples for case in cases]).to(DEVICE))
                 found |= dict(zip(keys, tokens, strict=True))
         return found
 
@@ -202,7 +225,7 @@ class World:
         """Of a batch of these rows."""
         names = list(self.adapters)
         slots = [adapter.slot for adapter in self.adapters.values()]
-        return adapt_rows(slots, [names.index(row.adapter.name) for row in rows], self.model.device)
+        return self.bank.adapt(slots, [names.index(row.adapter.name) for row in rows])
 
     # --- what comes of them ------------------------------------------------------------------------------
 
@@ -239,7 +262,12 @@ class World:
             values = None
             if injection is not None and schedule is not None and row.has_medium:
                 values = injection.values[number, : schedule.num_features]
-            found[row] = Scored(layers, everything, text_logits[number, : len(row.text.ids)], values)
+            found[row] = Scored(
+                [layer.cpu() for layer in layers],
+                everything.cpu(),
+                text_logits[number, : len(row.text.ids)].cpu(),
+                None if values is None else values.cpu(),
+            )
         return found
 
     def training_losses(self, case: Case) -> dict[Asked, Tensor]:
@@ -315,7 +343,9 @@ def passing(model: Opt) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def make_worlds(cases: Sequence[Case]) -> list[World]:
+def make_worlds(
+    cases: Sequence[Case], setting: Setting = SETTINGS[SERVED], dtype: torch.dtype = torch.float32
+) -> list[World]:
     """As few as there can be: a language model with at most one encoder of each kind."""
     found: list[tuple[Path, dict[str, Path], list[Case]]] = []
     for case in cases:
@@ -328,6 +358,6 @@ def make_worlds(cases: Sequence[Case]) -> list[World]:
         else:
             found.append((case.language_model, {kind: case.encoder}, [case]))
     return [
-        World(own, tuple(part_of(str(path)) for path in (language_model, *encoders.values())))
+        World(own, tuple(part_of(str(path)) for path in (language_model, *encoders.values())), setting, dtype)
         for language_model, encoders, own in found
     ]
