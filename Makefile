@@ -14,10 +14,15 @@ TYPED := adapters service $(if $(wildcard loadtest/*.py),loadtest)
 
 PEERS := peft adapterhub
 
-.PHONY: help setup setup-dev serve demo bench peers test format lint types imports files check
+DEVICE ?= cpu
+DTYPE ?= bfloat16
+SIZE ?= base
+ON_DEVICE := tests/parity tests/service/test_batch_independence.py --ignore-glob='*mutations.py'
+
+.PHONY: help setup setup-dev serve demo bench peers test check-device bench-device format lint types imports files check
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(RUNTIME):
 	@bash deploy/install.sh runtime
@@ -48,6 +53,13 @@ peers: $(PEERS:%=.peers/%/.stamp) ## make the environments of libraries that `ma
 
 test: $(DEV) ## run the tests in two processes (ARGS="-n 0 -k scheduler": in one, and some of them)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check-device: $(DEV) ## run parity and batch independence on a device (DEVICE=cuda), then bench-device
+	TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -n 0 $(ON_DEVICE) $(ARGS)
+	$(MAKE) --no-print-directory bench-device
+
+bench-device: $(RUNTIME) ## run the ladder on a device (DEVICE=cuda DTYPE=bfloat16 SIZE=base) and keep it in loadtest/RESULTS.md
+	RECORD=1 $(BIN)/python -m loadtest.bench all --device $(DEVICE) --dtype $(DTYPE) --size $(SIZE) $(BENCH_ARGS)
 
 format: $(DEV) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix-only .

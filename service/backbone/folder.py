@@ -79,9 +79,11 @@ def load_manifest(folder: Path) -> BackboneManifest:
 def load_backbone(folder: Path, *, device: str = "cpu", dtype: str = "float32", verify: bool = True) -> Backbone:
     """Load a backbone folder onto a device.
 
-    Stored values are checked against their digests before they are cast to `dtype`.
+    Stored values are checked against their digests before they are cast to `dtype`. From then on convolutions of this
+    process compute float32 as float32: CUDA's would round to TF32, and answers would depend on their batch.
     Raises: BackboneNotFound, ConversionError for a broken folder, DigestMismatch naming the changed part.
     """
+    torch.backends.cudnn.allow_tf32 = False
     manifest = load_manifest(folder)
     state: dict[str, Tensor] = {}
     for part in (name for name in manifest.parts if name != TOKENIZER):

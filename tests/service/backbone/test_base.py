@@ -166,3 +166,11 @@ def test_heads_must_divide_widths() -> None:
     with pytest.raises(ValueError, match="3 heads do not divide width 16"):
         BlipConfig(vision=vision, text_encoder=text, special_ids=special)
     random_blip(BlipConfig(vision=vision, special_ids=special))
+
+
+def test_convolutions_of_a_loaded_backbone_compute_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA they would otherwise round to TF32, which is beyond what batches may differ by."""
+    write_tiny_backbone(tmp_path / "backbone")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    load_backbone(tmp_path / "backbone")
+    assert not torch.backends.cudnn.allow_tf32
