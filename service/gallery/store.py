@@ -131,6 +131,11 @@ class Gallery:
             files[f"media/{copy.name}"] = TreeFile(size_bytes=copy.stat().st_size, sha256=f"sha256:{copy.name[:64]}")
         return tree_digest(files)
 
+    @property
+    def has_tree_digest(self) -> bool:
+        """Whether `tree_digest` is known, so that asking for it does not look at the disk."""
+        return "tree_digest" in vars(self)
+
     def position_of(self, item_id: str) -> int:
         """Raises: GalleryNotFound."""
         if item_id not in self._positions:
@@ -301,10 +306,14 @@ class GalleryStore:
                 with self._lock:
                     self._opening.pop(key, None)
 
+    def if_open(self, name: str, version: int) -> Gallery | None:
+        """A version that is in memory; None for another."""
+        with self._lock:
+            return self._open.get((name, version))
+
     def is_open(self, name: str, version: int) -> bool:
         """Whether a version is in memory."""
-        with self._lock:
-            return (name, version) in self._open
+        return self.if_open(name, version) is not None
 
     def opened(self) -> list[tuple[str, int]]:
         """The (name, version) of what is in memory."""

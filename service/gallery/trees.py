@@ -59,10 +59,22 @@ class GalleryTrees:
         here = set(self._store.numbers(name))
         return [record.version for record in records if record.version in here or self._is_kept(record)]
 
+    def if_open(self, record: GalleryRecord) -> Gallery | None:
+        """A version that was opened before; None where the disk has to be looked at. Raises: GalleryDamaged."""
+        gallery = self._store.if_open(record.name, record.version)
+        if gallery is None or (record.tree is not None and not gallery.has_tree_digest):
+            return None
+        return self._compared(gallery, record)
+
     def open(self, record: GalleryRecord) -> Gallery:
         """A version that is here. Raises: GalleryNotFound, GalleryDamaged."""
         with _damage(record):
             gallery = self._store.open(record.name, record.version)
+        return self._compared(gallery, record)
+
+    def _compared(self, gallery: Gallery, record: GalleryRecord) -> Gallery:
+        """The gallery, which must be the registry's. Raises: GalleryDamaged."""
+        with _damage(record):
             is_another = record.tree is not None and gallery.tree_digest != record.tree
         if is_another:
             self._store.release(record.name, record.version)

@@ -143,9 +143,11 @@ class Galleries:
         ArtifactUnavailable, InsufficientRoom.
         """
         record = await self._record(name, version, principal)  # a deleted version's folder stays for a while
-        if not self.store.is_open(name, version):
-            await self._fetch(record)
-        gallery = await asyncio.to_thread(self._trees.open, record)
+        gallery = self._trees.if_open(record)
+        if gallery is None:
+            if not self.store.is_open(name, version):
+                await self._fetch(record)
+            gallery = await asyncio.to_thread(self._trees.open, record)
         if not principal.allows(gallery.manifest.adapter.name):
             raise forbidden_gallery(name)
         return gallery

@@ -20,7 +20,6 @@ from service.admission import Admission
 from service.backbone.cost import text_cost, tokens_per_frame, vision_cost
 from service.errors import BadQuery, IndexStale
 from service.gallery.frames import FrameScores, frame_attention_weights, pool, rerank_frames
-from service.gallery.index import SearchResult
 from service.gallery.store import Gallery
 from service.loader import Loader, Pin
 from service.metrics import Metrics
@@ -227,17 +226,7 @@ class RetrievePipeline:
     ) -> RetrieveAnswer:
         self._check_rerank(query, gallery)
         encoded = await self._encode(query, gallery, pin, medium, context)
-        with self._metrics.stage("search", context):
-            found = await asyncio.to_thread(_search, gallery, encoded.vector, max(query.k, depth))
-        candidates = Candidates([int(p) for p in found.positions[0]], {"search": found.scores[0]}, "search")
-        if query.rerank == "frames":
-            with self._metrics.stage("frames", context):
-                reranked = await asyncio.to_thread(_rerank, gallery, encoded.vector, candidates.positions)
-            candidates = candidates.ordered("frames", reranked.scores, reranked.weights)
-        elif query.rerank == "match":
-            logits, weights = await self._match(encoded, gallery, candidates.positions, pin, context)
-            candidates = candidates.ordered("match", blend(logits, candidates.scores["search"]), weights)
-        hits = tuple(await asyncio.to_thread(_hits, gallery, candidates.head(query.k)))
+        hits = tuple(await self._found(query, encoded, gallery, pin, depth, context))
         info = pin.info
         if query.adapter is None and pin.digest != BASE_ADAPTER:  # found by its weights, which others may share
             by, is_canary = gallery.manifest.adapter, self._loader.snapshot.is_canary(record)
@@ -245,6 +234,30 @@ class RetrievePipeline:
         return RetrieveAnswer(
             record.name, record.version, hits, info, query.rerank, depth, len(gallery), encoded.warnings
         )
+
+    async def _found(
+        self,
+        query: RetrieveQuery,
+        encoded: EncodedSearch,
+        gallery: Gallery,
+        pin: Pin,
+        depth: int,
+        context: RequestContext,
+    ) -> list[Hit]:
+        """The hits, best first."""
+        if query.rerank == "none":
+            with self._metrics.stage("search", context):  # and what was found is read by the same thread
+                return await asyncio.to_thread(_search_hits, gallery, encoded.vector, query.k)
+        with self._metrics.stage("search", context):
+            candidates = await asyncio.to_thread(_search, gallery, encoded.vector, max(query.k, depth))
+        if query.rerank == "frames":
+            with self._metrics.stage("frames", context):
+                reranked = await asyncio.to_thread(_rerank, gallery, encoded.vector, candidates.positions)
+            candidates = candidates.ordered("frames", reranked.scores, reranked.weights)
+        else:
+            logits, weights = await self._match(encoded, gallery, candidates.positions, pin, context)
+            candidates = candidates.ordered("match", blend(logits, candidates.scores["search"]), weights)
+        return await asyncio.to_thread(_hits, gallery, candidates.head(query.k))
 
     def _check_rerank(self, query: RetrieveQuery, gallery: Gallery) -> None:
         kind, mode = gallery.manifest.kind, query.rerank
@@ -318,8 +331,13 @@ class RetrievePipeline:
         return np.asarray(output.logits.numpy(), np.float32), weights
 
 
-def _search(gallery: Gallery, vector: Floats, k: int) -> SearchResult:
-    return gallery.index.search(vector[None], k, num_threads=1)
+def _search(gallery: Gallery, vector: Floats, k: int) -> Candidates:
+    found = gallery.index.search(vector[None], k, num_threads=1)
+    return Candidates([int(p) for p in found.positions[0]], {"search": found.scores[0]}, "search")
+
+
+def _search_hits(gallery: Gallery, vector: Floats, k: int) -> list[Hit]:
+    return _hits(gallery, _search(gallery, vector, k))
 
 
 def _rerank(gallery: Gallery, vector: Floats, positions: Sequence[int]) -> FrameScores:

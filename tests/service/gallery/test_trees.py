@@ -7,7 +7,11 @@ import pytest
 
 from adapters.artifacts import open_trees
 from adapters.errors import DigestMismatch
+from adapters.registry import GalleryRecord
+from service.errors import GalleryDamaged
 from service.gallery import Gallery
+from service.gallery.store import GalleryStore
+from service.gallery.trees import GalleryTrees
 from tests.service.gallery.galleries import a_plan, build_all, some_media
 
 
@@ -45,6 +49,26 @@ def test_it_survives_the_loss_of_the_home(version, tmp_path):
     trees.fetch_tree(digest, version)
     assert every_file(version) == files
     Gallery.open(version, verify=True)
+
+
+def a_record(tree=None):
+    return GalleryRecord("clips", 7, 1, "key", "sha256:0", "find", 1, "ready", None, 0.0, 0.0, tree)
+
+
+def test_what_was_opened_is_had_without_the_disk(tmp_path):
+    folder = build_all(tmp_path / "galleries", a_plan(), some_media(tmp_path / "media", 3), version=7)
+    trees = GalleryTrees(GalleryStore(tmp_path / "galleries"), open_trees(f"file://{tmp_path}/elsewhere"))
+    record = a_record(open_trees(f"file://{tmp_path}/elsewhere").put_tree(folder))
+    assert trees.if_open(record) is None
+    assert trees.if_open(a_record()) is None
+    gallery = trees.open(a_record())
+    assert trees.if_open(a_record()) is gallery
+    assert trees.if_open(record) is None, "its folder was not compared yet"
+    assert trees.open(record) is gallery
+    shutil.rmtree(folder)
+    assert trees.if_open(record) is gallery
+    with pytest.raises(GalleryDamaged, match="another version than the registry's"):
+        trees.if_open(a_record("sha256:" + "1" * 64))
 
 
 def test_vectors_that_were_changed_elsewhere_do_not_come_back(version, tmp_path):
