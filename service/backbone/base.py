@@ -58,6 +58,11 @@ class Backbone(ABC):
         self.model: Model = model
         self.manifest = manifest
         self.tokenizer = tokenizer
+        self._unknown_id: int | None = None
+        if tokenizer is not None:
+            self._unknown_id = tokenizer.unk_token_id
+            tokenizer.backend_tokenizer.no_truncation()  # how long a text may be is the adapter's to say
+            tokenizer.backend_tokenizer.no_padding()
 
     @property
     def architecture(self) -> Architecture:
@@ -112,16 +117,18 @@ class Backbone(ABC):
     def special_tokens(self) -> frozenset[int]:
         """Ids that are no words."""
 
-    def words_of(self, text: str, **options: Any) -> TokenizedText:
-        """What the tokenizer makes of a text, and the words it does not know. Raises: MissingPart without one."""
-        encoded = self.require_tokenizer()(text, return_offsets_mapping=True, **options)
-        unknown_id = self.require_tokenizer().unk_token_id
-        unknown = [
-            text[start:end]
-            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            if token == unknown_id and unknown_id not in self.special_tokens()
-        ]
-        return TokenizedText(tuple(encoded["input_ids"]), tuple(dict.fromkeys(unknown)))
+    def words_of(self, text: str, *, add_special_tokens: bool = True) -> TokenizedText:
+        """What the tokenizer makes of a text, and the words it does not know. Raises: MissingPart without one.
+
+        This runs on the event loop, so the library's tokenizer is asked without its Python around it, which takes most of the time.
+        """
+        encoded = self.require_tokenizer().backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids = tuple(encoded.ids)
+        if self._unknown_id not in ids or self._unknown_id in self.special_tokens():
+            return TokenizedText(ids, ())
+        pieces = zip(ids, encoded.offsets, strict=True)
+        unknown = [text[start:end] for token, (start, end) in pieces if token == self._unknown_id]
+        return TokenizedText(ids, tuple(dict.fromkeys(unknown)))
 
     def require_tokenizer(self) -> Any:
         """The tokenizer. Raises: MissingPart without one."""

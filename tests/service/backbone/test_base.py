@@ -1,6 +1,7 @@
 """A backbone folder: its parts, their digests, and what it refuses."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,22 @@ def test_texts(backbone: Backbone) -> None:
     answer = backbone.tokenize_answers(["red"])[0]
     assert answer[0] == special.bos and answer[-1] == special.sep and len(answer) == 3
     assert backbone.detokenize((*answer, special.pad)) == "red"
+
+
+@pytest.mark.parametrize(
+    "text", ["a red zeppelin", "", "Red, RED; red?!", "zeppelin zeppelin ünï \u4e2d\u6587", "[SEP] red [PAD]"]
+)
+def test_a_text_has_the_ids_that_the_librarys_tokenizer_gives(backbone: Backbone, text: str) -> None:
+    assert list(backbone.tokenize(text).ids) == backbone.require_tokenizer()(text)["input_ids"]
+
+
+def test_a_tokenizer_neither_cuts_nor_pads_whatever_its_file_says(backbone: Backbone, tmp_path: Path) -> None:
+    tokenizer = deepcopy(backbone.require_tokenizer())
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    write_backbone(tmp_path / "cuts", backbone.model, tokenizer, {})
+    for text in ("red", "a red red red red red zeppelin"):
+        assert load_backbone(tmp_path / "cuts").tokenize(text) == backbone.tokenize(text)
 
 
 def test_without_a_tokenizer_only_ids_are_understood(tmp_path: Path, backbone: Backbone) -> None:
