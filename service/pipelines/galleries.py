@@ -50,6 +50,7 @@ AHEAD_INTERVAL_S = 60.0  # when fetching ahead of time is tried again, unless so
 MAX_AHEAD = 2  # versions fetched ahead of time at once: fewer than there are threads, so that requests go first
 MAX_MISSING_SHARE = 0.01  # of a gallery's items that may be lost when it is embedded anew
 ROOM_FACTOR = 1.2
+MAX_KEYS = 4096  # embedding keys that are remembered
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,6 +110,7 @@ class Galleries:
         self._registry = registry
         self._loader = loader
         self._stages = stages
+        self._keys: dict[tuple[str, str, GalleryKind, Pooling, float], str] = {}
 
     def start(self) -> None:
         """Begin to fetch what is searched, or about to be, and not here; and go on doing so."""
@@ -266,6 +268,14 @@ class Galleries:
 
     def key(self, pin: Pin, kind: GalleryKind, pooling: Pooling, tau: float) -> str:
         """The embedding key of vectors made with an adapter now: what a gallery's must equal to be comparable."""
+        asked = (pin.backbone, pin.digest, kind, pooling, tau)  # an adapter's digest covers its preprocessing
+        if asked not in self._keys:
+            if len(self._keys) >= MAX_KEYS:
+                self._keys.clear()
+            self._keys[asked] = self._make_key(pin, kind, pooling, tau)
+        return self._keys[asked]
+
+    def _make_key(self, pin: Pin, kind: GalleryKind, pooling: Pooling, tau: float) -> str:
         backbone = self._stages.blip(pin).backbone
         preprocessing = preprocessing_of(pin.config, backbone)
         used = ("vision", "text_encoder", "vision_proj", "text_proj", "tokenizer")

@@ -54,6 +54,21 @@ def test_a_gallery_holds_its_sources_in_order(service: Service, tmp_path: Path, 
         assert len(item.frame_times_s) == (3 if kind == "video" else 0)
 
 
+def test_embedding_keys_are_remembered_and_are_not_when_there_are_many(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    galleries = service.runtime.galleries
+
+    async def keys() -> list[str]:
+        async with service.runtime.loader.pin("find", LOCAL) as pin:
+            return [galleries.key(pin, "video", "frame_attention", tau) for tau in (0.1, 0.2, 0.3, 0.1, 0.2, 0.3)]
+
+    once = service.call(keys())
+    assert once[:3] == once[3:] and len(set(once)) == 3
+    monkeypatch.setattr(galleries_module, "MAX_KEYS", 2)
+    assert service.call(keys()) == once
+
+
 def test_ids_of_a_folder_are_its_relative_paths(service: Service, tmp_path: Path) -> None:
     for name in ("b.png", "sub/a.png", "sub/ä b.png", ".hidden.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
