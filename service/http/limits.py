@@ -12,6 +12,8 @@ from service.admission import Admission, Upload
 from service.errors import TooLarge
 from service.http.errors import FOREIGN_HOST, FOREIGN_ORIGIN, FORWARDED, RefusedRequest
 
+MAX_HEAD_BYTES = 64 * 1024  # of a request, while it is incomplete
+
 
 class BodyLimit:
     """At most `max_bytes` of body, and room for it among all that are in: by its declared length at once, else as it

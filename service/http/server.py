@@ -12,6 +12,7 @@ from adapters.errors import AdapterBankError
 from service.config import Settings
 from service.http.access import open_keychain
 from service.http.app import create_app
+from service.http.limits import MAX_HEAD_BYTES
 from service.runtime import Runtime
 
 DRAIN_TIMEOUT_S = 30
@@ -55,17 +56,27 @@ def run(settings: Settings, *, announce: Announce | None = None) -> None:
     server = _Server(
         uvicorn.Config(
             create_app(settings, runtime),
+            http=protocol(),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_config=None,  # ours
             log_level="warning",
             access_log=False,
             proxy_headers=False,
             timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
-            h11_max_incomplete_event_size=64 * 1024,
         )
     )
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     server.announce = (lambda: announce(f"http://{host}:{port}", settings)) if announce is not None else None
     asyncio.run(_serve(server, runtime, listener))
+
+
+def protocol() -> type[asyncio.Protocol] | str:
+    """What parses requests: httptools, or uvicorn's own parser, in Python, where that is not installed."""
+    try:
+        from service.http.protocol import BoundedProtocol
+    except ImportError:
+        return "h11"
+    return BoundedProtocol
 
 
 async def _serve(server: uvicorn.Server, runtime: Runtime, listener: socket.socket) -> None:

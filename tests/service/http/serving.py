@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 
 from service.config import Settings
 from service.http.app import create_app
+from service.http.limits import MAX_HEAD_BYTES
+from service.http.server import protocol
 from service.runtime import Runtime
 from tests.service.http.tiny import build_home
 
@@ -46,10 +48,12 @@ def serving_tiny(folder: Path, **changes: Any) -> Iterator[Serving]:
 
 
 @contextmanager
-def served(app: ASGIApp, *, lifespan: bool = True) -> Iterator[str]:
-    """The URL of `app` while the block lasts."""
+def served(app: ASGIApp, *, lifespan: bool = True, http: type[asyncio.Protocol] | str | None = None) -> Iterator[str]:
+    """The URL of `app` while the block lasts. `http`: what parses requests, by default as when the service runs."""
     config = uvicorn.Config(
         app,
+        http=protocol() if http is None else http,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_level="critical",
         access_log=False,
         lifespan="on" if lifespan else "off",

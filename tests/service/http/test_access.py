@@ -11,7 +11,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -695,14 +695,19 @@ def middleware_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_the_log_names_the_key_s_id_and_never_the_key(keyed: Keyed, caplog: pytest.LogCaptureFixture) -> None:
     unknown = new_key()
+    requests: list[Callable[[], object]] = [
+        lambda: keyed.call("infer", "GET", "/v1/adapters"),
+        lambda: keyed.call("expired", "GET", "/v1/adapters"),
+        lambda: keyed.call(None, "GET", "/v1/adapters", headers={"X-API-Key": unknown}),
+        lambda: ask(keyed, "a", adapter="team-b-own"),
+    ]
+    lines: list[str] = []
     with caplog.at_level(logging.DEBUG):
-        keyed.call("infer", "GET", "/v1/adapters")
-        keyed.call("expired", "GET", "/v1/adapters")
-        keyed.call(None, "GET", "/v1/adapters", headers={"X-API-Key": unknown})
-        ask(keyed, "a", adapter="team-b-own")
-        end = time.monotonic() + 10.0  # a reply may be here before its line is written
-        while len(lines := middleware_lines(caplog)) < 4 and time.monotonic() < end:
-            time.sleep(0.01)
+        for number, request in enumerate(requests, start=1):
+            request()
+            end = time.monotonic() + 10.0  # a reply may be here before its line is written
+            while len(lines := middleware_lines(caplog)) < number and time.monotonic() < end:
+                time.sleep(0.01)
     assert [line.rpartition("key=")[2] for line in lines] == ["infer", "(nobody)", "(nobody)", "a"]
     for key in (*keyed.keys.values(), unknown):
         assert key not in caplog.text and digest_of(key) not in caplog.text
