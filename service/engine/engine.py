@@ -305,7 +305,9 @@ class Engine:
             return not all(self._is_dead(job, now) for job in batch.jobs)
 
         with torch.inference_mode():
-            return list(run_batch(hosted.backbone.model, batch, leases, keep_going))
+            outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
+            _wait_for(hosted.backbone.device)
+            return outputs
 
     # --- texts, word by word -----------------------------------------------------------------------------
 
@@ -329,7 +331,9 @@ class Engine:
 
     def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
         with torch.inference_mode():
-            return begin_batch(hosted.backbone.model, batch, leases)
+            writing = begin_batch(hosted.backbone.model, batch, leases)
+            _wait_for(hosted.backbone.device)
+            return writing
 
     def _join_texts(self, texts: Texts, begun: Texts) -> None:
         try:
@@ -428,6 +432,12 @@ class Engine:
 def _set_error(result: Result | None, error: BaseException) -> None:
     if result is not None and result.set_running_or_notify_cancel():
         result.set_exception(error)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until a device has done what it was told: only then is the time of a batch known, and its errors are its own."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def default_threads() -> int:
