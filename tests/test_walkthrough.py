@@ -255,7 +255,8 @@ def test_every_target_and_module_that_is_run_exists(page: Path) -> None:
         if words := words_of(line, "python -m"):
             names = [words[0]]
             if words[0] == "loadtest.bench" and words[1:] and not words[1].startswith("-"):
-                names = [f"loadtest.bench.{words[1]}", "loadtest.bench.harness"]  # which has what all of them take
+                own = "" if words[1] == "all" else f".{words[1]}"
+                names = [f"loadtest.bench{own}", "loadtest.bench.harness"]  # which has what all of them take
             modules = [importlib.util.find_spec(name) for name in names]
             assert all(module is not None and module.origin is not None for module in modules), line
             told = "".join(Path(module.origin).read_text() for module in modules if module and module.origin)
