@@ -47,7 +47,8 @@ class Maths:
     def __init__(self, bench: Bench, rank: int, num_adapters: int) -> None:
         self.bench = bench
         self.config = BLIP_SIZES[bench.arguments.size]
-        self.views = make_slots(self.config, rank, num_adapters, bench.device, bench.dtype)
+        slot_rank = max(rank, bench.arguments.slot_rank)
+        self.views = make_slots(self.config, rank, num_adapters, bench.device, bench.dtype, slot_rank=slot_rank)
 
     def ms(self, adaptations: dict[str, Adaptation], num_rows: int, tokens: int) -> dict[str, float]:
         """Milliseconds of the same rows by each of these, taking turns."""
@@ -105,6 +106,9 @@ def main(words: Sequence[str]) -> None:
     bench.parser.add_argument("--ranks", default="", help="such as 64,128,512")
     bench.parser.add_argument("--tokens", default="1,2,3,4,6,8,35,577", help="a row, in the first tables")
     bench.parser.add_argument("--adapters", type=int, default=16, help="distinct ones, in the first tables")
+    bench.parser.add_argument(
+        "--slot-rank", type=int, default=0, help="of the slots, where they are wider than the adapters"
+    )
     bench.parser.add_argument("--mix-ranks", default="64", help="of the second tables; none of them where empty")
     bench.parser.add_argument("--mix-tokens", default="1,35,577")
     bench.parser.add_argument("--mix-adapters", default="1,4,16,64")

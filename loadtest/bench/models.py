@@ -77,15 +77,15 @@ def fold_adapters(config: BlipConfig, rank: int, count: int, dtype: torch.dtype)
 
 
 def make_slots(
-    config: BlipConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype
+    config: BlipConfig, rank: int, count: int, device: torch.device, dtype: torch.dtype, *, slot_rank: int = 0
 ) -> Sequence[SlotView]:
-    """`count` different UniAdapters of a rank in the slots of a bank."""
+    """`count` different UniAdapters of a rank in the slots of a bank, which may be wider."""
     bank = AdapterBank(
         adapter_dims(config),
         {},
         device=device,
         dtype=dtype,
-        buckets=((rank, count),),
+        buckets=((slot_rank or rank, count),),
         host_bytes=1 << 40,
         metrics=Metrics(),
     )

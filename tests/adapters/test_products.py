@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from adapters import products
-from adapters.products import Activation, by_inputs, can_group, gathered, groups_right, has_onednn, linear, pack, unpack
+from adapters.products import (
+    Activation,
+    _suits_onednn,
+    by_inputs,
+    can_group,
+    gathered,
+    groups_right,
+    has_onednn,
+    linear,
+    pack,
+    unpack,
+)
 
 CPU = torch.device("cpu")
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu")
@@ -75,6 +86,17 @@ def test_a_gradient_that_a_packed_matrix_cannot_give_is_refused() -> None:
         linear(x, pack(weight), None)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, pack(weight), None), functional.linear(x, weight))
+
+
+def test_a_part_of_a_wider_matrix_is_not_for_onednn() -> None:
+    """Its numbers would be right, and a hundred times slower to come by."""
+    x, wide = torch.randn(64, 5), by_inputs(torch.randn(6, 5))
+    with torch.no_grad():
+        assert _suits_onednn(x, wide)
+        assert not _suits_onednn(x, wide[:4])
+        assert _suits_onednn(x[:, :3].contiguous(), wide[:, :3]), "fewer inputs are the same memory, only shorter"
+        assert not _suits_onednn(x[:16], wide)
+    assert not _suits_onednn(x, wide)
 
 
 def test_a_gradient_flows_through_many_rows_of_a_matrix_by_inputs() -> None:
