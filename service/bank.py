@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,7 +29,6 @@ from adapters.families import families_for, family_of
 from adapters.families.base import Adaptation, BackboneDims, Family, Schedule, SlotView, adapt_rows
 from adapters.families.slots import Kernels, Place, kernels_for
 from adapters.package import Package, is_finite
-from adapters.products import by_inputs
 from service.errors import NoFreeSlot
 from service.logs import event
 from service.metrics import Metrics
@@ -181,14 +180,7 @@ class AdapterBank:
     def fold(self, package: Package) -> HostAdapter:
         """A package as this bank holds it, see `fold_package`. Any thread."""
         assert self.dims is not None, "the caller checked that the backbone takes adapters. This is a bug."
-        return self.lay_out(fold_package(package, self.dims, self.dtype))
-
-    def lay_out(self, adapter: HostAdapter) -> HostAdapter:
-        """An adapter with its layers' matrices laid out by inputs, as slots have them. Any thread."""
-        names = _layer_matrices(adapter.family) & adapter.tensors.keys()
-        return replace(
-            adapter, tensors={**adapter.tensors, **{name: by_inputs(adapter.tensors[name]) for name in names}}
-        )
+        return fold_package(package, self.dims, self.dtype)
 
     @property
     def max_rank(self) -> int:

@@ -162,7 +162,10 @@ class Family(Protocol):
         """Name and shape of every tensor of a slot in the bucket of that rank, heads aside."""
 
     def fold(self, config: AdapterConfig, tensors: SlotTensors, dims: BackboneDims) -> dict[str, Tensor]:
-        """Package tensors to slot tensors, exactly equivalent, at the adapter's own rank; differentiable."""
+        """Package tensors to slot tensors, exactly equivalent, at the adapter's own rank; differentiable.
+
+        The matrices of `layer_maps` lie by inputs, as a bank's slots have them, unless a gradient is asked for.
+        """
 
     def schedule(self, config: AdapterConfig, dims: BackboneDims) -> Schedule | None:
         """Which feature enters which layer; None for families that inject nothing."""

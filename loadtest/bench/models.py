@@ -92,6 +92,6 @@ def make_slots(
     views = []
     for number, folded in enumerate(fold_adapters(config, rank, count, dtype)):
         adapter = HostAdapter(str(number), adapter_config(config, rank), FAMILY, rank, folded)
-        bank.put(bank.lay_out(adapter))
+        bank.put(adapter)
         views.append(bank.lease(adapter.digest).view)
     return views
