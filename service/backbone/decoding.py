@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from service.types import GenerateOutput, Hypothesis
 
+CHUNK = 256  # words of which the best is found together
 UNSTARTED = -1e9  # running sum of the beams that start as copies of the first one
 KeepGoing = Callable[[], bool]
 
@@ -141,7 +143,7 @@ class Writing:
         num_beams, vocabulary = self.num_beams, self._log_probs.shape[-1]
         totals = torch.tensor([search.totals for search in self._searches], device=self._log_probs.device)
         scores = self._log_probs.unflatten(0, (-1, num_beams)) + totals.unsqueeze(-1)  # [texts, beams, V]
-        best, flat = _top(scores.flatten(1), 2 * num_beams + 1)
+        best, flat = best_of(scores.flatten(1), 2 * num_beams + 1)
         for search, own_best, own_flat in zip(self._searches, best.tolist(), flat.tolist(), strict=True):
             search.take(own_best, own_flat, vocabulary, self._end)
         self._places = list(range(len(self)))
@@ -214,21 +216,20 @@ def _log_probs(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best of each row, descending; of equals the lower index first.
 
-    `topk` promises no order among equals, and sorting all of a vocabulary takes longer than a decoding step: so the least that
-    is among the best is found first, and what is at least that is sorted.
+    `topk` promises no order among equals, and sorting all of a vocabulary takes longer than a decoding step. So the row is cut
+    into chunks, and only the `count` chunks with the greatest maxima are sorted: whatever is in another has as many before it.
+    Shapes depend on nothing that is in the scores: no device is waited for.
     """
-    least = scores.topk(count).values[:, -1:]
-    rows, columns = (scores >= least).nonzero(as_tuple=True)  # by rows, then by index
-    best: list[Tensor] = []
-    index: list[Tensor] = []
-    for own in columns.split(rows.bincount(minlength=len(scores)).tolist()):
-        values, order = scores[len(best), own].sort(descending=True, stable=True)
-        best.append(values[:count])
-        index.append(own[order[:count]])
-    return torch.stack(best), torch.stack(index)
+    chunks = functional.pad(scores, (0, -scores.shape[1] % CHUNK), value=-torch.inf).unflatten(1, (-1, CHUNK))
+    _, by_maximum = chunks.amax(dim=2).sort(descending=True, stable=True)
+    best = by_maximum[:, :count].sort().values  # back in the order of the row
+    own = chunks.gather(1, best[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
+    values, order = own.sort(descending=True, stable=True)
+    values, order = values[:, :count], order[:, :count]
+    return values, CHUNK * best.gather(1, order // CHUNK) + order % CHUNK
 
 
 def _advance(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters.families.base import Adaptation, SlotView, adapt_rows
 from adapters.families.uniadapter import UniAdapter
@@ -13,7 +14,7 @@ from adapters.training.losses import shifted_nll
 from service.backbone.base import Backbone
 from service.backbone.blip import Blip, Memory
 from service.backbone.blip_answers import beam_search, rank_answers
-from service.backbone.decoding import Beams, pad_ids
+from service.backbone.decoding import CHUNK, Beams, best_of, pad_ids
 from service.backbone.folder import load_backbone
 from tests.service.worlds import adapter_config, random_tensors, write_tiny_backbone
 
@@ -293,3 +294,22 @@ def test_padding_is_on_the_right() -> None:
     ids, mask = pad_ids([(1, 2, 3), (4,)], 0, torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("length", [7, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 20 * CHUNK + 3])
+@pytest.mark.parametrize("levels", [1, 2, 5, 1_000_000])
+def test_the_best_of_a_row_come_in_order_and_of_equals_the_first(length: int, levels: int) -> None:
+    scores = torch.randint(levels, (6, length)).float()
+    scores[1] = -torch.inf
+    scores[2, ::2] = -torch.inf
+    scores[3, -1] = levels
+    values, index = best_of(scores, 7)
+    wanted = scores.sort(descending=True, stable=True)
+    assert torch.equal(values, wanted.values[:, :7])
+    assert torch.equal(index, wanted.indices[:, :7])
+
+
+def test_finding_the_best_waits_for_no_device() -> None:
+    with FakeTensorMode():  # numbers that nobody can look at
+        values, index = best_of(torch.zeros(2, 3 * CHUNK + 1), 5)
+    assert values.shape == index.shape == (2, 5)
