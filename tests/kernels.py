@@ -5,7 +5,7 @@ A kernel more is a line in `SETTINGS`.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from adapters.families import base
-from adapters.families.slots import DEFAULT_KERNELS, GROUPED_KERNELS, Kernels, ManySlots, OneSlot, Run
+from adapters.families.slots import COPYING_KERNELS, DEFAULT_KERNELS, GROUPED_KERNELS, Kernels, ManySlots, OneSlot, Run
 
 NEVER = 1 << 30
 ALONE = "one slot for all rows"
-LOOP, SLOT_BY_SLOT = "one", "slot by slot"
+LOOP, SLOT_BY_SLOT, STACKED = "one", "slot by slot", "stacked"
 WORD = 2  # tokens of a row where a word is written: a cross-attending layer reads what went in and what came out
 
 
@@ -41,11 +41,12 @@ SETTINGS: Mapping[str, Setting] = {
     SERVED: Setting(DEFAULT_KERNELS, None),
     "slot by slot": Setting(Kernels(segments_from=1), SLOT_BY_SLOT),
     "a loop": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0), LOOP),
-    "stacked": Setting(Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), "stacked"),
+    "stacked": Setting(Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), STACKED),
     "gathered": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=NEVER), "gathered"),
     "grouped": Setting(GROUPED_KERNELS, "grouped"),
+    "copied": Setting(replace(COPYING_KERNELS, stacked_up_to=0), "copied"),
     "stacked, nothing packed": Setting(
-        Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), "stacked", packs=False
+        Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), STACKED, packs=False
     ),
 }
 

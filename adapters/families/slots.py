@@ -7,13 +7,21 @@ slot stand next to each other. Which kernel is fastest where was measured (docs/
     many (`segments_from`)       the maths runs slot by slot on views of the rows: what a slot makes stays in the cache
     some, slots side by side     *stacked*: one batched product over the bank's stack, no weight is copied
     few, slots anywhere          *gathered*: one weighted sum of the stack's rows
-    any, on a Hopper GPU         *grouped*: one product for groups of any lengths (bfloat16; not measured)
     all others                   a loop of products into one result; all else of the maths once for all rows
+
+On a GPU every product is a launch, so that a loop costs as many as there are slots, and time that its arithmetic does not:
+
+    any, on Hopper               *grouped*: one product for groups of any lengths (bfloat16)
+    any, slots side by side      *stacked*
+    any, slots anywhere          *copied*: their matrices are copied side by side, which is one launch more
+
+How long those take was not measured; how many launches they are was (docs/benchmarks.md).
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -42,7 +50,8 @@ class Slot(Protocol):
 class Kernels:
     """From how many rows x tokens of a slot on the maths runs slot by slot, and up to how many the others are taken.
 
-    The defaults were measured on CPUs. Elsewhere nothing is gathered. With `grouped`, what can be is.
+    The defaults were measured on CPUs. Elsewhere nothing is gathered. With `grouped`, what can be is; what cannot, or all
+    without it, is copied up to `copied_up_to`, where it does not lie side by side anyway.
     """
 
     segments_from: int = 256
@@ -50,15 +59,20 @@ class Kernels:
     gathered_up_to: int = 4
     gathered_at_most: int = 16  # where they cannot be stacked
     grouped: bool = False
+    copied_up_to: int = 0
 
 
+ANY = 1 << 60
 DEFAULT_KERNELS = Kernels()
-GROUPED_KERNELS = Kernels(segments_from=1 << 60, grouped=True)
+COPYING_KERNELS = Kernels(segments_from=ANY, stacked_up_to=ANY, gathered_up_to=0, gathered_at_most=0, copied_up_to=ANY)
+GROUPED_KERNELS = replace(COPYING_KERNELS, grouped=True)
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     """What serves on a device in a precision."""
-    return GROUPED_KERNELS if can_group(device, dtype) else DEFAULT_KERNELS
+    if device.type == "cpu":
+        return DEFAULT_KERNELS
+    return GROUPED_KERNELS if can_group(device, dtype) else COPYING_KERNELS
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ class Part:
         return self.place is not None and other.place is not None and self.place.stack is other.place.stack
 
 
-Kernel = Literal["one", "stacked", "gathered", "grouped"]
+Kernel = Literal["one", "stacked", "gathered", "grouped", "copied"]
 
 
 class Run(NamedTuple):
@@ -160,9 +174,19 @@ class Run(NamedTuple):
         return place
 
     @property
+    def places(self) -> list[int]:
+        """Where in the stack the parts' slots are."""
+        return [part.place.index for part in self.parts if part.place is not None]
+
+    @property
     def rows(self) -> slice:
         """The rows of the batch."""
         return slice(self.parts[0].start, self.parts[-1].stop)
+
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether its slots are neighbours, in their order, with as many rows each."""
+        return all(part.is_followed_by(after) for part, after in itertools.pairwise(self.parts))
 
 
 @dataclass(frozen=True)
@@ -173,8 +197,7 @@ class ManySlots:
     kernels: Kernels
     _known_runs: dict[int, list[Run]] = field(default_factory=dict)
     _vectors: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
-    _table_rows: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _known_ends: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _known_plans: dict[tuple[str | int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def linear(self, x: Tensor, name: str, layer: int | None = None, activation: Activation = "none") -> Tensor:
         """See Slot."""
@@ -195,6 +218,8 @@ class ManySlots:
                 return self._grouped(x, run, name, layer, activation)
             case "gathered":
                 return self._gathered(x, run, name, layer, activation)
+            case "copied":
+                return self._copied(x, run, name, layer, activation)
 
     def runs(self, tokens: int) -> list[Run]:
         """Parts that go through one product; found once."""
@@ -210,14 +235,21 @@ class ManySlots:
                 runs.append(Run("one", (part,)))
             else:
                 runs[-1] = Run(kernel, (*runs[-1].parts, part))
-        return runs
+        return [self._in_place(run, tokens) for run in runs]
+
+    def _in_place(self, run: Run, tokens: int) -> Run:
+        """A run that would be copied as it is, where its slots lie as the copies would."""
+        fits = run.parts[0].num_rows * tokens <= self.kernels.stacked_up_to
+        return run._replace(kernel="stacked") if run.kernel == "copied" and fits and run.is_side_by_side else run
 
     def _kernel_of_both(self, run: Run, part: Part, tokens: int) -> Kernel | None:
         """The kernel by which a run and the part behind it go through one product; None: by none."""
         last, kernels = run.parts[-1], self.kernels
-        if kernels.grouped:
-            return "grouped" if last.is_before(part) and last.slot.is_aligned and part.slot.is_aligned else None
+        if kernels.grouped and last.is_before(part) and last.slot.is_aligned and part.slot.is_aligned:
+            return "grouped" if run.kernel != "copied" else None
         most = max(last.num_rows, part.num_rows) * tokens
+        if last.is_beside(part) and most <= kernels.copied_up_to:
+            return "copied" if run.kernel != "grouped" else None
         can_gather = run.kernel != "stacked" and last.is_beside(part) and last.slot.is_on_cpu
         if can_gather and most <= kernels.gathered_up_to:
             return "gathered"
@@ -248,45 +280,70 @@ class ManySlots:
         matrices = run.place.stack[f"{name}.weight"].transpose(-1, -2)  # [num_slots, layers, in, out], the stack's rank
         height, width = matrices.shape[-2:]
         table = matrices.view(-1, width)[height * (layer or 0) :]
-        rows, starts = self._rows_of_table(run, x.shape[1], matrices[0].numel() // width, inputs)
+        size = (x.shape[1], matrices[0].numel() // width, inputs)
+        rows, starts = self._plan(("rows", run.rows.start, *size), lambda: _rows_of_table(run, *size), x.device)
         product = gathered(x, table, rows, starts)[:, :outputs].view(*x.shape[:-1], outputs)
         return activate(product + self._bias(run, name, layer), activation)
 
     def _grouped(self, x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
         """Rows x [B, T, in] times their slots' matrices, those of slots between them that no row has included."""
         outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
-        places = [part.place.index for part in run.parts if part.place is not None]
-        matrices = run.place.stack[f"{name}.weight"][places[0] : places[-1] + 1]
-        matrices = matrices if layer is None else matrices[:, layer]
-        ends = self._ends(run, places, x.shape[1], x.device)
+        first, *_, last = run.places
+        matrices = _of_layer(run.place.stack[f"{name}.weight"][first : last + 1], layer)
+        (ends,) = self._plan(("ends", run.rows.start, x.shape[1]), lambda: (_ends(run, x.shape[1]),), x.device)
         product = grouped(x.reshape(-1, inputs), matrices[:, :outputs, :inputs].transpose(1, 2), ends)
         return activate(product.view(*x.shape[:-1], outputs) + self._bias(run, name, layer), activation)
 
-    def _ends(self, run: Run, places: Sequence[int], tokens: int, device: torch.device) -> Tensor:
-        """Before which row the group of each slot from a run's first to its last ends; made once."""
-        key = (run.rows.start, tokens)
-        if key not in self._known_ends:
-            lengths = [0] * (places[-1] - places[0] + 1)
-            for part, place in zip(run.parts, places, strict=True):
-                lengths[place - places[0]] = part.num_rows * tokens
-            ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
-            self._known_ends[key] = ends.to(device, non_blocking=True)
-        return self._known_ends[key]
+    def _copied(self, x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
+        """One batched product of rows x [B, T, in] with copies of their slots' matrices, wherever in the stack these are."""
+        outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
+        shared = math.gcd(*(part.num_rows for part in run.parts))  # rows that follow one another and share a slot
+        (places,) = self._plan(("places", run.rows.start), lambda: (_places(run, shared),), x.device)
+        matrices = _of_layer(run.place.stack[f"{name}.weight"], layer)[:, :outputs, :inputs].transpose(1, 2)
+        bias = self._bias(run, name, layer)[::shared]
+        product = torch.baddbmm(bias, x.reshape(len(places), -1, inputs), matrices.index_select(0, places))
+        return activate(product, activation).view(*x.shape[:-1], outputs)
+
+    def _plan(
+        self, key: tuple[str | int, ...], make: Callable[[], tuple[Tensor, ...]], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """What a kernel must know of a run, on the device; made once."""
+        if key not in self._known_plans:
+            self._known_plans[key] = tuple(tensor.to(device, non_blocking=True) for tensor in make())
+        return self._known_plans[key]
 
     def _bias(self, run: Run, name: str, layer: int | None) -> Tensor:
         """[B, 1, out]: the bias of each row of a run."""
         first = self.parts[0].start
         return self._vector(f"{name}.bias", layer)[run.rows.start - first : run.rows.stop - first]
 
-    def _rows_of_table(self, run: Run, tokens: int, slot_height: int, inputs: int) -> tuple[Tensor, Tensor]:
-        """Which rows of a table the tokens of a run need, and where in that list those of each begin; made once."""
-        key = (run.rows.start, tokens, slot_height, inputs)
-        if key not in self._table_rows:
-            indices = [part.place.index for part in run.parts if part.place is not None for _ in range(part.num_rows)]
-            tops = slot_height * torch.tensor(indices, dtype=torch.int32).repeat_interleave(tokens)
-            rows = (tops[:, None] + torch.arange(inputs, dtype=torch.int32)).flatten()
-            self._table_rows[key] = rows, torch.arange(0, len(rows), inputs, dtype=torch.int32)
-        return self._table_rows[key]
+
+def _of_layer(tensors: Tensor, layer: int | None) -> Tensor:
+    """Of slots' tensors [S, layers, ...] those of a layer, [S, ...]; themselves where they have no layers."""
+    return tensors if layer is None else tensors[:, layer]
+
+
+def _ends(run: Run, tokens: int) -> Tensor:
+    """[G] before which row the group of each slot from a run's first to its last ends."""
+    places = run.places
+    lengths = [0] * (places[-1] - places[0] + 1)
+    for part, place in zip(run.parts, places, strict=True):
+        lengths[place - places[0]] = part.num_rows * tokens
+    return torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
+
+
+def _places(run: Run, shared: int) -> Tensor:
+    """[B / shared] which slot of the stack so many rows of a run, one after another, share."""
+    return torch.tensor(
+        [place for part, place in zip(run.parts, run.places, strict=True) for _ in range(part.num_rows // shared)]
+    )
+
+
+def _rows_of_table(run: Run, tokens: int, slot_height: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Which rows of a table the tokens of a run need, and where in that list those of each begin."""
+    tops = slot_height * _places(run, 1).int().repeat_interleave(tokens)
+    rows = (tops[:, None] + torch.arange(inputs, dtype=torch.int32)).flatten()
+    return rows, torch.arange(0, len(rows), inputs, dtype=torch.int32)
 
 
 def _stacked(x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
@@ -294,9 +351,7 @@ def _stacked(x: Tensor, run: Run, name: str, layer: int | None, activation: Acti
     place, count = run.place, len(run.parts)
     slots = slice(place.index, place.index + count)
     outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
-    weight, bias = place.stack[f"{name}.weight"][slots], place.stack[f"{name}.bias"][slots]
-    if layer is not None:
-        weight, bias = weight[:, layer], bias[:, layer]
+    weight, bias = (_of_layer(place.stack[f"{name}.{kind}"][slots], layer) for kind in ("weight", "bias"))
     weight, bias = weight[:, :outputs, :inputs], bias[:, None, :outputs]
     product = torch.baddbmm(bias, x.reshape(count, -1, inputs), weight.transpose(1, 2))
     return activate(product, activation).view(*x.shape[:-1], outputs)

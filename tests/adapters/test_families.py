@@ -23,7 +23,15 @@ from adapters.families.base import (
     UniformAdaptation,
     adapt_rows,
 )
-from adapters.families.slots import GROUPED_KERNELS, Kernels, OneSlot, Place
+from adapters.families.slots import (
+    COPYING_KERNELS,
+    DEFAULT_KERNELS,
+    GROUPED_KERNELS,
+    Kernels,
+    OneSlot,
+    Place,
+    kernels_for,
+)
 from adapters.families.uniadapter import (
     UniAdapter,
     frame_factors,
@@ -297,6 +305,8 @@ KERNELS = [
     ),
     pytest.param(Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER), id="gathered rows"),
     pytest.param(GROUPED_KERNELS, id="grouped products"),
+    pytest.param(COPYING_KERNELS, id="copied or batched products"),
+    pytest.param(replace(COPYING_KERNELS, stacked_up_to=0), id="copied"),
     pytest.param(
         Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=2), id="gathered rows or batched products"
     ),
@@ -390,8 +400,8 @@ def test_few_rows_of_slots_anywhere_in_a_stack_are_gathered() -> None:
 
 
 def test_slots_in_the_order_of_their_stack_share_a_grouped_product() -> None:
-    """However many rows each has. Matrices whose lines are no multiples of 16 bytes are left out."""
-    kernels = GROUPED_KERNELS
+    """However many rows each has. Matrices whose lines are no multiples of 16 bytes are left out, and nothing is copied here."""
+    kernels = replace(GROUPED_KERNELS, copied_up_to=0)
     assert runs_of(kernels, [0, 2, 2, 2, 3, 4], tokens=99) == [[1], [2], [1]]
     assert runs_of(kernels, [3, 2]) == [[1, 1]]
     spans = GroupedAdaptation(views(), (2, 2, 3), kernels).spans
@@ -402,6 +412,31 @@ def test_slots_in_the_order_of_their_stack_share_a_grouped_product() -> None:
     ]
     spans = GroupedAdaptation(odd, (2, 2, 3), kernels).spans
     assert [[run.kernel for run in span.slots.runs(5)] for span in spans] == [["one", "one"]]
+
+
+def kernels_of(kernels: Kernels, slots: list[SlotView], rows: list[int], tokens: int) -> list[tuple[str, int]]:
+    """The kernel of each product of a batch whose slots are all of one size, and how many parts go through it."""
+    (span,) = GroupedAdaptation(slots, tuple(rows), kernels).spans
+    return [(run.kernel, len(run.parts)) for run in span.slots.runs(tokens)]
+
+
+def test_slots_anywhere_are_copied_side_by_side_and_those_that_lie_so_are_not() -> None:
+    assert kernels_of(COPYING_KERNELS, views(), [2, 2, 3, 3], 577) == [("stacked", 2)]
+    assert kernels_of(COPYING_KERNELS, views(), [3, 3, 2], 577) == [("copied", 2)]
+    assert kernels_of(COPYING_KERNELS, views(), [2, 3, 2, 3, 3], 1) == [("copied", 4)]
+    assert kernels_of(replace(COPYING_KERNELS, copied_up_to=8), views(), [3, 3, 2], 5) == [("one", 1), ("one", 1)]
+    assert kernels_of(replace(COPYING_KERNELS, stacked_up_to=8), views(), [2, 2, 3, 3], 5) == [("copied", 2)]
+
+
+def test_what_cannot_be_grouped_is_copied() -> None:
+    assert kernels_of(GROUPED_KERNELS, views(), [2, 2, 3], 577) == [("grouped", 2)]
+    assert kernels_of(GROUPED_KERNELS, views(), [3, 2, 2], 577) == [("copied", 2)]
+    assert kernels_of(GROUPED_KERNELS, views(), [2, 3, 2], 577) == [("grouped", 2), ("one", 1)]
+
+
+def test_a_device_that_is_no_cpu_takes_the_same_launches_for_any_slots() -> None:
+    assert kernels_for(torch.device("cpu"), torch.float32) == DEFAULT_KERNELS
+    assert kernels_for(torch.device("meta"), torch.float32) == COPYING_KERNELS
 
 
 def test_more_rows_are_gathered_where_they_cannot_be_stacked() -> None:

@@ -14,7 +14,7 @@ from adapters.products import has_onednn
 from service.backbone.linear import FrozenLinear
 from service.backbone.opt import Opt
 from tests.devices import DEVICE
-from tests.kernels import LOOP, SERVED, SETTINGS, settings_of, watching
+from tests.kernels import SERVED, SETTINGS, STACKED, settings_of, watching
 from tests.parity.claims import Claims
 from tests.parity.epalm.cases import read_sets
 from tests.parity.epalm.claims import Claims as EPalmClaims
@@ -38,7 +38,7 @@ def test_every_claim_holds(case: Case, name: str, tmp_path: Path) -> None:
     assert served.metrics.registry.get_sample_value("bank_retried_batches_total") == 0
     for variant in (OWN, WHOLE):
         own = served.slot_tensors(variant)
-        kernel = setting.only if setting.only != "grouped" or OneSlot(own).is_aligned else LOOP
+        kernel = setting.only if setting.only != "grouped" or OneSlot(own).is_aligned else STACKED
         assert watch.of(own, is_word=False) == {kernel}
         assert kernel in watch.of(own, is_word=True) or not served.rows[variant].generate
 
