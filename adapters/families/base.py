@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.config import AdapterConfig, Architecture, BackboneRef
-from adapters.families.slots import DEFAULT_KERNELS, Kernels, ManySlots, OneSlot, Part, Place, Slot, Weights
+from adapters.families.slots import (
+    DEFAULT_KERNELS,
+    Kernels,
+    ManySlots,
+    OneSlot,
+    Part,
+    Place,
+    Slot,
+    Weights,
+    kernels_for,
+)
 
 Stack = Literal["vision", "text", "decoder"]
 Role = Literal["mlp", "text", "cross"]
@@ -258,9 +268,13 @@ NO_ADAPTER = SlotView(None, {})
 
 @dataclass(frozen=True)
 class UniformAdaptation:
-    """One slot for every row, however many: training, and batches of a single adapter."""
+    """One slot for every row, however many: training, and batches of a single adapter.
+
+    `kernels` serve when rows of other slots join them; None: what serves where the slots are.
+    """
 
     view: SlotView
+    kernels: Kernels | None = None
 
     def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
         """See Adaptation.add. Nothing is written to: gradients may flow."""
@@ -401,11 +415,16 @@ def _add_term(
         out[rows].add_(term)
 
 
-def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], kernels: Kernels = DEFAULT_KERNELS) -> Adaptation:
-    """The adaptation of a batch whose row i uses `slots[slot_of_row[i]]`."""
+def adapt_rows(slots: Sequence[SlotView], slot_of_row: Sequence[int], kernels: Kernels | None = None) -> Adaptation:
+    """The adaptation of a batch whose row i uses `slots[slot_of_row[i]]`. `kernels` None: what serves where the slots are."""
     if len(set(slot_of_row)) == 1:
-        return UniformAdaptation(slots[slot_of_row[0]])
-    return GroupedAdaptation(slots, tuple(slot_of_row), kernels)
+        return UniformAdaptation(slots[slot_of_row[0]], kernels)
+    return GroupedAdaptation(slots, tuple(slot_of_row), kernels or _kernels_of(slots))
+
+
+def _kernels_of(slots: Sequence[SlotView]) -> Kernels:
+    tensors = [next(iter(slot.tensors.values())) for slot in slots if slot.family is not None]
+    return kernels_for(tensors[0].device, tensors[0].dtype) if tensors else DEFAULT_KERNELS
 
 
 def join_adaptations(
@@ -416,11 +435,12 @@ def join_adaptations(
         return None
     views: list[SlotView] = []
     rows: list[int] = []
-    kernels = DEFAULT_KERNELS
+    kernels: Kernels | None = None
     for adaptation, num_rows in ((first, num_first), (second, num_second)):
         own, of_row = _slots_of(adaptation, num_rows)
         rows += [_place(views, own[slot]) for slot in of_row]
-        kernels = adaptation.kernels if isinstance(adaptation, GroupedAdaptation) else kernels
+        if isinstance(adaptation, UniformAdaptation | GroupedAdaptation):
+            kernels = kernels or adaptation.kernels
     return adapt_rows(views, rows, kernels)
 
 

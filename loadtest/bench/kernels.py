@@ -10,24 +10,28 @@ by the number of rows, in times of the same rows with one adapter for all.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters.families.base import Adaptation, Site, adapt_rows
-from adapters.families.slots import DEFAULT_KERNELS, Kernels
+from adapters.families.slots import COPYING_KERNELS, GROUPED_KERNELS, Kernels
+from adapters.products import can_group
 from loadtest.bench.harness import Bench, Table, take_turns
 from loadtest.bench.models import BLIP_SIZES, make_slots
 from loadtest.traffic import POPULARITIES, Popularity, picks
 
 NEVER = 1 << 30
-KERNELS = {
+KERNELS: dict[str, Kernels | None] = {
     "slot by slot": Kernels(segments_from=1),
     "a loop": Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0),
     "stacked": Kernels(segments_from=NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0),
     "gathered": Kernels(segments_from=NEVER, stacked_up_to=0, gathered_up_to=NEVER),
-    "as served": DEFAULT_KERNELS,
+    "copied": replace(COPYING_KERNELS, stacked_up_to=0),
+    "grouped": GROUPED_KERNELS,
+    "as served": None,
 }
 FEW_TOKENS = 64  # more are never gathered: the numbers of its rows would be as many as those of the weights
 PICTURE_ROWS = 16  # a mix of more pictures would take minutes and show the same
@@ -61,11 +65,16 @@ class Maths:
     def by_kernel(self, tokens: int) -> dict[str, float]:
         """Milliseconds of a row for each adapter, by each kernel."""
         rows = range(len(self.views))
-        tried = [name for name in KERNELS if name != "gathered" or self._can_gather(tokens)]
+        tried = [name for name in KERNELS if self._is_tried(name, tokens)]
         return self.ms({name: adapt_rows(self.views, rows, KERNELS[name]) for name in tried}, len(rows), tokens)
 
-    def _can_gather(self, tokens: int) -> bool:
-        return tokens <= FEW_TOKENS and self.bench.device.type == "cpu"
+    def _is_tried(self, name: str, tokens: int) -> bool:
+        match name:
+            case "gathered":
+                return tokens <= FEW_TOKENS and self.bench.device.type == "cpu"
+            case "grouped":
+                return can_group(self.bench.device, self.bench.dtype)
+        return True
 
     def of_one(self, popularity: Popularity, num_adapters: int, num_rows: int, tokens: int) -> float:
         """Times that a mix takes of the same rows with one adapter."""

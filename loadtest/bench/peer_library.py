@@ -243,7 +243,7 @@ def search(model: Blip, memory: Memory, num_questions: int, rules: Rules) -> lis
     steps = BlipSteps(model, memory, num_questions, None, max_length=MAX_LENGTH)
     searches = [Search(rules, ids.bos) for _ in range(num_questions)]
     log_probs = steps.logits().float().log_softmax(-1).cpu().repeat_interleave(NUM_BEAMS, dim=0)
-    steps.select(torch.arange(num_questions, device=device).repeat_interleave(NUM_BEAMS), NUM_BEAMS)
+    steps.select([number for number in range(num_questions) for _ in range(NUM_BEAMS)], NUM_BEAMS)
     for length in range(1, MAX_LENGTH):
         totals = torch.tensor([one.totals for one in searches])
         scores = log_probs.unflatten(0, (num_questions, NUM_BEAMS)) + totals.unsqueeze(-1)  # [Q, beams, V]
@@ -253,7 +253,7 @@ def search(model: Blip, memory: Memory, num_questions: int, rules: Rules) -> lis
         if length + 1 == MAX_LENGTH or all(one.is_done for one in searches):
             break
         parents = [number * NUM_BEAMS + beam for number, one in enumerate(searches) for beam in one.parents]
-        steps.select(torch.tensor(parents, device=device), NUM_BEAMS)
+        steps.select(parents, NUM_BEAMS)
         last = torch.tensor([text[-1] for one in searches for text in one.texts], device=device)
         log_probs = steps.step(last).float().log_softmax(-1).cpu()
     return searches

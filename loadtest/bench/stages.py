@@ -106,8 +106,7 @@ def make_stage(name: str, model: Blip, batch: int, resolution: int) -> Stage:
     memory = decoder.body.remember(states, mask, None)
     cache = decoder.body.new_cache(batch, WRITTEN + 1)
     cache.seen[:, :WRITTEN] = True
-    for keys in (*cache.keys, *cache.values):
-        keys.normal_(generator=generator)
+    cache.kept.tensor.normal_(generator=generator)
 
     def step(adaptation: Adaptation | None) -> Tensor:
         cache.length = WRITTEN
@@ -116,7 +115,7 @@ def make_stage(name: str, model: Blip, batch: int, resolution: int) -> Stage:
     def flat(t: Tensor) -> Tensor:
         return t.transpose(1, 2).flatten(2)
 
-    past = [(flat(k[:, :, :WRITTEN]), flat(v[:, :, :WRITTEN])) for k, v in zip(cache.keys, cache.values, strict=True)]
+    past = [(flat(k), flat(v)) for k, v in cache.kept.tensor[:, :, :, :, :WRITTEN]]
     seen = [(flat(k), flat(v)) for k, v in zip(memory.keys, memory.values, strict=True)]
     read_bytes = (
         num_bytes(decoder)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from adapters.families.base import Adaptation, Site, Stack
 from service.backbone.config import BlipConfig, TextConfig
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
-from service.backbone.rows import join_padded
+from service.backbone.rows import KeysValues, join_padded
 from service.backbone.vit import Mlp, SelfAttention, VisionTower, merge_heads, split_heads
 
 
@@ -92,13 +92,12 @@ class Memory:
 
 @dataclass
 class Cache:
-    """Self-attention keys and values [B, H, capacity, d] per layer, of which the first `length` places are filled.
+    """Self-attention keys and values of B rows, of whose places the first `length` are filled.
 
     `seen` [B, capacity] tells where a row has written; rows that came in later have places of others' before them.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    kept: KeysValues
     seen: Tensor
     length: int = 0
     is_even: bool = True  # every row has written to every place so far
@@ -122,12 +121,9 @@ class Cache:
         back = torch.ones(tokens, end, dtype=torch.bool, device=written.device).tril(self.length)
         return back & self.seen[:, None, None, :end]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this step's keys and values behind the filled part; return all so far. `advance` ends the step."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def append(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this step's keys and values [2, B, H, L, d] behind the filled part; all so far. `advance` ends the step."""
+        return self.kept.write(layer, self.length, new)
 
     def advance(self, tokens: int) -> None:
         """End a step that appended so many tokens to every layer."""
@@ -135,16 +131,13 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order (beams that continue others)."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        self.kept = self.kept.select(rows)
         self.seen = self.seen[rows]
 
     def fork(self, rows: Tensor, tokens: int) -> "Cache":
         """A cache of these rows, each perhaps many times, with room for so many more tokens; this one stays as it is."""
-        room, own = (0, 0, 0, tokens), (self.keys, self.values)
-        keys, values = ([functional.pad(x[rows, :, : self.length], room) for x in layers] for layers in own)
         seen = functional.pad(self.seen[rows, : self.length], (0, tokens))
-        return Cache(keys, values, seen, self.length, self.is_even)
+        return Cache(self.kept.fork(rows, self.length, tokens), seen, self.length, self.is_even)
 
     def join(self, other: "Cache") -> None:
         """Take another's rows behind one's own. Places that nobody has written to are given up."""
@@ -153,8 +146,7 @@ class Cache:
         length = max(self.length, other.length)
         capacity = length + max(cache.seen.shape[1] - cache.length for cache in (self, other))
         self.is_even = self.is_even and other.is_even and self.length == other.length
-        self.keys = [join_padded(a, b, 2, capacity) for a, b in zip(self.keys, other.keys, strict=True)]
-        self.values = [join_padded(a, b, 2, capacity) for a, b in zip(self.values, other.values, strict=True)]
+        self.kept = self.kept.join(other.kept, capacity)
         self.seen = join_padded(self.seen, other.seen, 1, capacity)
         self.length = length
 
@@ -166,8 +158,7 @@ class Cache:
             return
         places = used.nonzero()[:, 0]
         self.length -= self.seen.shape[1] - len(places)
-        self.keys = [k.index_select(2, places) for k in self.keys]
-        self.values = [v.index_select(2, places) for v in self.values]
+        self.kept = self.kept.keep(places)
         self.seen = self.seen[:, places]
 
 
@@ -189,9 +180,9 @@ class TextLayer(nn.Module):
     def forward(
         self, h: Tensor, mask: Tensor | None, adaptation: Adaptation | None, memory: Memory | None, cache: Cache | None
     ) -> Tensor:
-        q, k, v = self.attention.split(h)
+        q, k, v = qkv = self.attention.split(h)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = cache.append(self.layer, qkv[1:])
         u = self.attention_norm(self.attention.attend(q, k, v, mask) + h)
         if memory is None:
             out = self._feed_forward(u)
@@ -263,10 +254,8 @@ class TextStack(nn.Module):
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for so many rows and tokens."""
         weight = self.embeddings.word.weight
-        shape = (rows, self.config.heads, capacity, self.config.width // self.config.heads)
-        keys = [weight.new_zeros(shape) for _ in self.layers]
         seen = torch.zeros(rows, capacity, dtype=torch.bool, device=weight.device)
-        return Cache(keys, [torch.zeros_like(k) for k in keys], seen)
+        return Cache(KeysValues.empty(self.config.layers, rows, self.config.heads, capacity, weight), seen)
 
     def text_layers(self) -> Iterator[TextLayer]:
         """The layers, in order."""

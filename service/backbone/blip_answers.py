@@ -55,14 +55,16 @@ class BlipSteps:
         cache = self._cache.fork(index.to(ids.device), ids.shape[1])
         return self._decoder.append(ids, mask, cache, _read_by(self._memory, rows), adaptation)
 
-    def select(self, rows: Tensor, rows_per_text: int) -> None:
+    def select(self, rows: Sequence[int], rows_per_text: int) -> None:
         """See Steps. A text's rows share its row of the memory."""
-        self._cache.select(rows)
-        texts = rows[::rows_per_text] // self._rows_per_text
-        is_same = len(texts) == self._num_texts and bool((texts[1:] == texts[:-1] + 1).all())
+        device = self._logits.device
+        self._cache.select(torch.tensor(rows, device=device))
+        texts = [row // self._rows_per_text for row in rows[::rows_per_text]]
+        is_same = texts == list(range(self._num_texts))
         if not is_same:
-            self._memory = self._memory.select(texts)
-            self._of_text = None if self._of_text is None else self._of_text.expand(texts)
+            index = torch.tensor(texts)
+            self._memory = self._memory.select(index.to(device))
+            self._of_text = None if self._of_text is None else self._of_text.expand(index)
         if not is_same or rows_per_text != self._rows_per_text:
             self._num_texts, self._rows_per_text = len(texts), rows_per_text
             self._adapt_rows()

@@ -30,8 +30,11 @@ class Steps(Protocol):
     def step(self, ids: Tensor) -> Tensor:
         """Append a token to every row, ids [R]; logits [R, V] of what follows."""
 
-    def select(self, rows: Tensor, rows_per_text: int) -> None:
-        """Keep these rows, in this order: blocks of so many rows, which are of one text each."""
+    def select(self, rows: Sequence[int], rows_per_text: int) -> None:
+        """Keep these rows, in this order: blocks of so many rows, which are of one text each.
+
+        The host knows them: to ask a device what is in a tensor is to wait for it.
+        """
 
     def can_join(self, other: Any) -> bool:
         """Whether another's rows may be taken in."""
@@ -131,8 +134,7 @@ class Writing:
         self._log_probs = _log_probs(steps.logits())
         self._places: list[int] = []  # where the texts that go on stood before this round
         if num_beams > 1:
-            each = torch.arange(len(starts), device=self._log_probs.device)
-            steps.select(each.repeat_interleave(num_beams), num_beams)
+            steps.select([row for row in range(len(starts)) for _ in range(num_beams)], num_beams)
             self._log_probs = self._log_probs.repeat_interleave(num_beams, dim=0)
 
     def __len__(self) -> int:
@@ -164,7 +166,7 @@ class Writing:
         placed = list(zip(self._places, self._searches, strict=True))
         rows = [place * beams + beam for place, search in placed for _, beam, _ in search.chosen]
         if beams > 1 or len(rows) < len(self._log_probs):
-            self._steps.select(torch.tensor(rows, device=device), beams)
+            self._steps.select(rows, beams)
         words = [text[-1] for search in self._searches for text in search.beams]
         self._log_probs = _log_probs(self._steps.step(torch.tensor(words, device=device)))
 
@@ -181,10 +183,9 @@ class Writing:
     def reorder(self, places: Sequence[int]) -> None:
         """Put the texts in another order. Between rounds."""
         rows = [place * self.num_beams + beam for place in places for beam in range(self.num_beams)]
-        index = torch.tensor(rows, device=self._log_probs.device)
-        self._steps.select(index, self.num_beams)
+        self._steps.select(rows, self.num_beams)
         self._searches = [self._searches[place] for place in places]
-        self._log_probs = self._log_probs[index]
+        self._log_probs = self._log_probs[torch.tensor(rows, device=self._log_probs.device)]
 
 
 def generate(

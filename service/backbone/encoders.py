@@ -49,19 +49,15 @@ class TimesformerBlock(nn.Module):
         Every frame attends with a copy of the first token as it came in; what the copies become is averaged.
         """
         over_time = self.temporal_norm(x).flatten(0, 1)  # [B*P, T, D]
-        x = x + self.temporal_fc(_attend(self.temporal_attn, over_time)).view_as(x)
+        x = x + self.temporal_fc(self.temporal_attn(over_time)).view_as(x)
         num_frames = x.shape[2]
         frames = x.transpose(1, 2).flatten(0, 1)  # [B*T, P, D]
         over_space = torch.cat([first.repeat_interleave(num_frames, dim=0), frames], dim=1)
-        seen = _attend(self.attn, self.norm1(over_space))
+        seen = self.attn(self.norm1(over_space))
         copies, patches = seen[:, :1], seen[:, 1:]
         first = first + copies.unflatten(0, (-1, num_frames)).mean(dim=1)
         x = x + patches.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return first + self.mlp(self.norm2(first)), x + self.mlp(self.norm2(x))
-
-
-def _attend(attention: SelfAttention, x: Tensor) -> Tensor:
-    return attention.attend(*attention.split(x), None)
 
 
 class Timesformer(nn.Module):

@@ -22,7 +22,7 @@ from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Sched
 from service.backbone.config import LanguageModelConfig, OptConfig
 from service.backbone.encoders import Encoder, make_encoder
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
-from service.backbone.rows import join_padded
+from service.backbone.rows import KeysValues, join_padded
 from service.backbone.vit import SelfAttention
 
 FIRST_POSITION = 2  # of OPT's position table, whose first two rows are for padding
@@ -41,8 +41,8 @@ class OptLayer(nn.Module):
         self.fc2 = FrozenLinear(config.mlp_width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, L, d] of x [B, L, D]."""
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [3, B, H, L, d] of x [B, L, D]."""
         return self.attn.split(self.attn_norm(x) if self.is_pre_norm else x)
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,7 +54,8 @@ class OptLayer(nn.Module):
         return x if self.is_pre_norm else self.mlp_norm(x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.finish(x, *self.project(x), mask)
+        q, k, v = self.project(x)
+        return self.finish(x, q, k, v, mask)
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ class ExtraToken:
             tails=(*self.tails, *other.tails),
         )
 
-    def select(self, rows: Tensor) -> Self:
-        """The tokens of these rows, in this order."""
-        tails = tuple(self.tails[row] for row in rows.tolist())
+    def select(self, rows: Sequence[int], index: Tensor) -> Self:
+        """The tokens of these rows, in this order; `index` is the same on the device."""
+        tails = tuple(self.tails[row] for row in rows)
         return replace(
-            self, values=self.values[rows], feature=self.feature[:, rows], there=self.there[:, rows], tails=tails
+            self, values=self.values[index], feature=self.feature[:, index], there=self.there[:, index], tails=tails
         )
 
 
@@ -154,9 +155,11 @@ class Columns:
         itself = torch.eye(size, dtype=torch.bool, device=keys.device)  # so that no row of padding sees nothing
         return ((causal & keys[:, None]) | itself)[:, None]
 
-    def select(self, rows: Tensor) -> Self:
-        """The columns of these rows, in this order."""
-        return replace(self, seen=self.seen[rows], extra=None if self.extra is None else self.extra.select(rows))
+    def select(self, rows: Sequence[int], index: Tensor) -> Self:
+        """The columns of these rows, in this order; `index` is the same on the device."""
+        return replace(
+            self, seen=self.seen[index], extra=None if self.extra is None else self.extra.select(rows, index)
+        )
 
 
 class LanguageModel(nn.Module):
@@ -249,8 +252,8 @@ class Decoding:
         self._columns = replace(columns, seen=functional.pad(columns.seen, (0, max_new_tokens), value=False))
         self._end = x.shape[1]  # of the columns in use
         self._lengths = mask.sum(dim=1)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        places = self._columns.seen.shape[1]
+        self._kept = KeysValues.empty(self._num_kept, len(x), model.config.heads, places, x)
         self._inputs: Tensor | None = None  # what entered the tail
         self.as_read = self._read(x)[:, -ids.shape[1] :]  # hidden states [B, L, D] of the texts given, `select` aside
         self._last = _last_of(self.as_read, self._lengths)
@@ -280,26 +283,28 @@ class Decoding:
         self._last = _last_of(hidden[:, -ids.shape[1] :], mask.sum(dim=1))
         return hidden
 
-    def fork(self, rows: Tensor, tokens: int) -> Self:
+    def fork(self, rows: Sequence[int], tokens: int) -> Self:
         """A decoding of these rows, each perhaps many times, with room for so many tokens; this one stays as it is."""
-        fork, end, room = copy(self), self._end, (0, 0, 0, tokens)
-        fork.select(rows)
+        fork, end = copy(self), self._end
+        fork._kept = self._kept.fork(fork._select_columns(rows), end, tokens)
         seen = functional.pad(fork._columns.seen[:, :end], (0, tokens))
         fork._columns = replace(fork._columns, seen=seen)
-        fork._keys = [functional.pad(k[:, :, :end], room) for k in fork._keys]
-        fork._values = [functional.pad(v[:, :, :end], room) for v in fork._values]
         if fork._inputs is not None:
-            fork._inputs = functional.pad(fork._inputs[:, :end], room)
+            fork._inputs = functional.pad(fork._inputs[:, :end], (0, 0, 0, tokens))
         return fork
 
-    def select(self, rows: Tensor, rows_per_text: int = 1) -> None:
+    def select(self, rows: Sequence[int], rows_per_text: int = 1) -> None:
         """Keep these rows, in this order, some perhaps more than once (beams that continue others)."""
-        self._columns = self._columns.select(rows)
-        self._lengths, self._last = self._lengths[rows], self._last[rows]
-        self._keys = [k.index_select(0, rows) for k in self._keys]
-        self._values = [v.index_select(0, rows) for v in self._values]
+        self._kept = self._kept.select(self._select_columns(rows))
+
+    def _select_columns(self, rows: Sequence[int]) -> Tensor:
+        """Keep these rows of all but keys and values; the rows on the device."""
+        index = torch.tensor(rows, device=self._last.device)
+        self._columns = self._columns.select(rows, index)
+        self._lengths, self._last = self._lengths[index], self._last[index]
         if self._inputs is not None:
-            self._inputs = self._inputs.index_select(0, rows)
+            self._inputs = self._inputs.index_select(0, index)
+        return index
 
     def can_join(self, other: Self) -> bool:
         """Whether another's rows may be taken in: as much of them is kept."""
@@ -312,8 +317,7 @@ class Decoding:
         end = max(self._end, other._end)
         size = end + max(own._columns.seen.shape[1] - own._end for own in (self, other))
         self._columns = Columns(join_padded(self._columns.seen, other._columns.seen, 1, size), self._join_extra(other))
-        self._keys = [join_padded(a, b, 2, size) for a, b in zip(self._keys, other._keys, strict=True)]
-        self._values = [join_padded(a, b, 2, size) for a, b in zip(self._values, other._values, strict=True)]
+        self._kept = self._kept.join(other._kept, size)
         if self._inputs is not None and other._inputs is not None:
             self._inputs = join_padded(self._inputs, other._inputs, 1, size)
         self._lengths, self._last = torch.cat([self._lengths, other._lengths]), torch.cat([self._last, other._last])
@@ -340,8 +344,7 @@ class Decoding:
         columns = used.nonzero()[:, 0]
         self._end -= len(used) - len(columns)
         self._columns = replace(self._columns, seen=self._columns.seen[:, columns])
-        self._keys = [k.index_select(2, columns) for k in self._keys]
-        self._values = [v.index_select(2, columns) for v in self._values]
+        self._kept = self._kept.keep(columns)
         if self._inputs is not None:
             self._inputs = self._inputs.index_select(1, columns)
 
@@ -353,10 +356,9 @@ class Decoding:
         room = (0, 0, 0, columns.seen.shape[1] - end)
         for index in range(model.config.layers):
             layer, x = model.layer(index), columns.enter(index, x)
-            q, k, v = layer.project(x)
+            q, k, v = qkv = layer.project(x)
             if index < self._num_kept:
-                self._keys.append(functional.pad(k, room))
-                self._values.append(functional.pad(v, room))
+                self._kept.write(index, 0, qkv[1:])
             if index == self._tail:
                 self._inputs = functional.pad(x, room)
             x = layer.finish(x, q, k, v, columns.mask(index, end))
@@ -386,18 +388,15 @@ class Decoding:
         back[: size - new] = True
         return back & keys
 
-    def _kept(self, index: int, k: Tensor, v: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    def _keep(self, index: int, qkv: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, all so far, after adding those of the newest columns."""
-        start, end = self._end - new, self._end
-        self._keys[index][:, :, start:end] = k[:, :, -new:]
-        self._values[index][:, :, start:end] = v[:, :, -new:]
-        return self._keys[index][:, :, :end], self._values[index][:, :, :end]
+        return self._kept.write(index, self._end - new, qkv[1:, :, :, -new:])
 
     def _append_layer(self, index: int, x: Tensor, new: int) -> Tensor:
         """A layer for the newest tokens, or for these with the extra token before them, x [B, new or 1 + new, D]."""
         layer = self._model.layer(index)
-        q, k, v = layer.project(x)
-        return layer.finish(x, q, *self._kept(index, k, v, new), self._mask(index, x.shape[1], new))
+        qkv = layer.project(x)
+        return layer.finish(x, qkv[0], *self._keep(index, qkv, new), self._mask(index, x.shape[1], new))
 
     def _append_tail(self, tail: int, x: Tensor, new: int, *, everything: bool) -> Tensor:
         """The layer before the tail, with the extra token; the tail; and whatever is behind it."""
@@ -406,15 +405,16 @@ class Decoding:
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
         x = columns.enter(tail, self._append_layer(tail - 1, x, new))
         layer = model.layer(tail)
-        q, k, v = layer.project(x)
-        self._keys[tail][:, :, EXTRA], self._values[tail][:, :, EXTRA] = k[:, :, EXTRA], v[:, :, EXTRA]
-        keys, values = self._kept(tail, k, v, new)
+        qkv = layer.project(x)
+        self._kept.write(tail, EXTRA, qkv[1:, :, :, :1])
+        q, (keys, values) = qkv[0], self._keep(tail, qkv, new)
         self._inputs[:, EXTRA], self._inputs[:, end - new : end] = x[:, EXTRA], x[:, 1:]
         if not everything:
             return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, self._mask(tail, new, new))
         whole = self._inputs[:, :end]
-        q, _, _ = layer.project(whole)
-        return model.run(layer.finish(whole, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+        return model.run(
+            layer.finish(whole, layer.project(whole)[0], keys, values, columns.mask(tail, end)), columns, tail + 1
+        )
 
 
 def _last_of(hidden: Tensor, lengths: Tensor) -> Tensor:

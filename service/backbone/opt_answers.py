@@ -110,7 +110,7 @@ def _score_behind_questions(
 ) -> list[float]:
     """The log-probability of each text behind its start token and the question of that row."""
     ids, mask = pad_ids([text[:-1] for text in texts], model.config.special_ids.pad, model.device)
-    hidden = steps.fork(torch.tensor(rows, device=model.device), ids.shape[1]).append(ids, mask)
+    hidden = steps.fork(rows, ids.shape[1]).append(ids, mask)
     return _log_likelihoods(model, hidden, mask, [text[1:] for text in texts])
 
 
@@ -124,9 +124,8 @@ def _score_with_questions(
 ) -> list[float]:
     """The log-probability of each text and its question, which sees it, behind the question's start token."""
     ids, mask = pad_ids(texts, model.config.special_ids.pad, model.device)
-    index = torch.tensor(rows, device=model.device)
-    scored = torch.cat([question_mask[index], _all_but_last(mask)], dim=1)
-    hidden = steps.fork(index, ids.shape[1]).append(ids, mask)[:, -scored.shape[1] :]
+    scored = torch.cat([question_mask[torch.tensor(rows, device=model.device)], _all_but_last(mask)], dim=1)
+    hidden = steps.fork(rows, ids.shape[1]).append(ids, mask)[:, -scored.shape[1] :]
     whole = [(*question[1:], *text) for question, text in zip(questions, texts, strict=True)]
     return _log_likelihoods(model, hidden, scored, whole)
 

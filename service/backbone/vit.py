@@ -33,10 +33,15 @@ class SelfAttention(nn.Module):
         self.qkv = FrozenLinear(width, 3 * width)
         self.proj = FrozenLinear(width, width)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values [B, H, L, d] of x [B, L, D]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention output [B, L, D] of x [B, L, D], every position over all."""
+        q, k, v = self.split(x)
+        return self.attend(q, k, v, None)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [3, B, H, L, d] of x [B, L, D]: a view of one product."""
+        qkv: Tensor = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention output [B, L, D]; `mask` broadcasts to [B, H, L, K], True where a key is seen."""
@@ -67,7 +72,7 @@ class VisionBlock(nn.Module):
         self.mlp = Mlp(config.width, config.mlp_width)
 
     def forward(self, x: Tensor, adaptation: Adaptation | None) -> Tensor:
-        x = x + self.attn.attend(*self.attn.split(self.norm1(x)), None)
+        x = x + self.attn(self.norm1(x))
         out = x + self.mlp(self.norm2(x))
         return out if adaptation is None else adaptation.add(self.site, x, out)
 

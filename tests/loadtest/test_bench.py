@@ -54,8 +54,11 @@ def test_every_kernel_is_timed_and_every_mix_stands_beside_one_adapter(capsys: p
     by_kernel, mixes = result["tables"]
     assert by_kernel["columns"] == ["tokens", *kernels.KERNELS]
     (few, many) = by_kernel["rows"]
-    assert few[0] == "1" and all(ms > 0 for ms in few[1:])
-    assert many[0] == "70" and many[4] == "", "what would take far more numbers of rows than there are weights"
+    not_here = {"grouped"}  # on a CPU it is a loop
+    assert {name for name, ms in zip(kernels.KERNELS, few[1:], strict=True) if ms == ""} == not_here
+    far_more_numbers_of_rows_than_weights = {"gathered"}
+    left_out = {name for name, ms in zip(kernels.KERNELS, many[1:], strict=True) if ms == ""}
+    assert left_out == not_here | far_more_numbers_of_rows_than_weights
     names = [row[0] for row in mixes["rows"]]
     assert names[0] == "identical, 1 adapters" and len(names) == 7
     assert all(times > 0 for row in mixes["rows"] for times in row[1:])

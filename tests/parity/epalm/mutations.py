@@ -85,14 +85,15 @@ def stale_extra(patch: Patch) -> None:
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
         x = columns.enter(tail, self._append_layer(tail - 1, x, new))
         layer = model.layer(tail)
-        q, k, v = layer.project(x)
-        keys, values = self._kept(tail, k, v, new)
+        qkv = layer.project(x)
+        q, (keys, values) = qkv[0], self._keep(tail, qkv, new)
         self._inputs[:, end - new : end] = x[:, 1:]
         if not everything:
             return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, self._mask(tail, new, new))
         whole = self._inputs[:, :end]
-        q, _, _ = layer.project(whole)
-        return model.run(layer.finish(whole, q, keys, values, columns.mask(tail, end)), columns, tail + 1)
+        return model.run(
+            layer.finish(whole, layer.project(whole)[0], keys, values, columns.mask(tail, end)), columns, tail + 1
+        )
 
     patch.setattr(Decoding, "_append_tail", append)
 

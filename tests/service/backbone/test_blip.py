@@ -228,7 +228,7 @@ def test_texts_are_appended_to_what_rows_hold(qa: Pair) -> None:
     fork = cache.fork(rows, 6)
     shared = replace(memory, readers=(3, 1))
     close(decoder.append(ids[:, 1:], mask, fork, shared, None), whole[:, 1:][mask])
-    assert cache.length == 1 and cache.keys[0].shape[2] == 1
+    assert cache.length == 1 and cache.kept.places == 1
     nexts = torch.tensor([30, 31, 32, 33])  # the texts may go on: each at its own position
     after = decoder.step(nexts, fork, shared, None)
     for row, length in enumerate(lengths.tolist()):

@@ -6,6 +6,7 @@ Schedules, prompts, texts and models are random. `OPT_RANDOM_CASES=1000` runs mo
 import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -39,10 +40,10 @@ class Whole:
         self.texts = [[*text, token] for text, token in zip(self.texts, ids.tolist(), strict=True)]
         return self.logits()
 
-    def select(self, rows: Tensor, rows_per_text: int = 1) -> None:
-        self.texts = [self.texts[row] for row in rows.tolist()]
-        self.features = [self.features[row] for row in rows.tolist()]
-        self.adaptation = self.adaptation.expand(rows)
+    def select(self, rows: Sequence[int], rows_per_text: int = 1) -> None:
+        self.texts = [self.texts[row] for row in rows]
+        self.features = [self.features[row] for row in rows]
+        self.adaptation = self.adaptation.expand(torch.tensor(rows))
 
 
 def kept(batch: Mixed, num_beams: int) -> list[GenerateOutput]:
@@ -110,7 +111,7 @@ def test_logits_are_those_of_whole_forwards(first: int) -> None:
             for _ in range(6):
                 if draw.random() < 0.5:
                     size = len(expected.texts)
-                    rows = torch.tensor([draw.randrange(size) for _ in range(draw.randint(1, size + 1))])
+                    rows = [draw.randrange(size) for _ in range(draw.randint(1, size + 1))]
                     steps.select(rows)
                     expected.select(rows)
                 words = torch.tensor([draw.randrange(3, 40) for _ in expected.texts])
@@ -136,8 +137,8 @@ def test_appended_texts_are_read_as_by_whole_forwards(first: int) -> None:
             before = steps.logits()
             rows = [draw.randrange(len(ids)) for _ in range(draw.randint(1, 6))]
             expected = Whole(batch)
-            expected.select(torch.tensor(rows))
-            fork = steps.fork(torch.tensor(rows), 10)
+            expected.select(rows)
+            fork = steps.fork(rows, 10)
             held = mask[rows]  # of the columns of texts so far, where there is a token
             for _ in range(2):
                 texts = [[draw.randrange(3, 40) for _ in range(draw.randint(1, 4))] for _ in rows]
@@ -187,7 +188,7 @@ def test_rows_that_come_in_later_read_and_write_as_alone(first: int) -> None:
                 for _ in range(draw.randint(0, 3)):
                     words = torch.tensor([draw.randrange(3, 40) for _ in expected.texts])
                     steps.step(words), expected.step(words)
-                rows = torch.tensor(sorted(draw.sample(range(len(ids)), draw.randint(1, len(ids)))))
+                rows = sorted(draw.sample(range(len(ids)), draw.randint(1, len(ids))))
                 steps.select(rows)
                 expected.select(rows)
                 sides.append((steps, [expected]))
