@@ -10,11 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, fairness, http, kernels, peers, popularity, stages, swap
+from loadtest.bench import decode, fairness, http, kernels, launches, peers, popularity, stages, swap
 from loadtest.bench.record import recorded
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "kernels": kernels.main,
+    "launches": launches.main,
     "stages": stages.main,
     "decode": decode.main,
     "swap": swap.main,

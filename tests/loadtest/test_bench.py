@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest.bench import decode, kernels, stages
+from loadtest.bench import decode, kernels, launches, rates, stages
 from loadtest.bench.harness import Table, take_turns
 
 
@@ -35,7 +35,11 @@ def test_cached_and_uncached_decoding_write_the_same(capsys: pytest.CaptureFixtu
     assert result["equal"] and set(result["seconds"]) == {"cached", "uncached"}
 
 
-def test_every_way_through_every_stage_is_timed_beside_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_way_through_every_stage_is_timed_beside_its_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rates.PRODUCT_SIDE, "cpu", 256)  # rates of a moment: nothing is claimed of them here
+    monkeypatch.setitem(rates.READ_BYTES, "cpu", 1 << 20)
     result = run(stages, ["--batch", "3", "--adapters", "2", "--ranks", "8,16"], capsys)
     assert set(result["stages"]) == {"vision", "text", "decode"}
     for stage in result["stages"].values():
@@ -62,3 +66,29 @@ def test_every_kernel_is_timed_and_every_mix_stands_beside_one_adapter(capsys: p
     names = [row[0] for row in mixes["rows"]]
     assert names[0] == "identical, 1 adapters" and len(names) == 7
     assert all(times > 0 for row in mixes["rows"] for times in row[1:])
+
+
+def launches_of(table: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What each row of a table launches, by its columns."""
+    return {row[0]: dict(zip(table["columns"][1:], row[1:], strict=True)) for row in table["rows"]}
+
+
+def test_what_a_batch_launches_on_a_gpu_does_not_grow_with_its_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (run(launches, ["--batch", batch, "--rank", "4"], capsys)["tables"] for batch in ("3", "9"))
+    *forwards, words = zip(small, large, strict=True)
+    for few, many in forwards:
+        few, many = launches_of(few), launches_of(many)
+        assert few["frozen"] == many["frozen"] and few["1 adapter"] == many["1 adapter"]
+        for column in ("a GPU", "a Hopper GPU"):
+            assert few["scattered"][column] == many["scattered"][column] < many["scattered"]["a loop"]
+            assert few["side by side"][column] == many["side by side"][column] <= many["scattered"][column]
+        assert few["scattered"]["a loop"] < many["scattered"]["a loop"]
+    few, many = map(launches_of, words)
+    assert few == many and all(row["waits"] == 2 for row in few.values()), "the best words, and which beams they go on"
+
+
+def test_what_is_looked_at_is_waited_for_and_views_are_free() -> None:
+    x = torch.arange(6.0)
+    counted = launches.count(lambda: [x.view(2, 3).t()[0].add(1).tolist(), bool(x[0] > 0), x.unsqueeze(0).expand(4, 6)])
+    assert counted.waits == 2
+    assert counted.launches == 3, "an addition, a comparison, and the number it is looked at as"
