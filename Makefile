@@ -17,7 +17,7 @@ PEERS := peft adapterhub
 DEVICE ?= cpu
 DTYPE ?= bfloat16
 SIZE ?= base
-ON_DEVICE := tests/parity tests/service/test_batch_independence.py --ignore-glob='*mutations.py'
+ON_DEVICE := tests/parity tests/service/test_batch_independence.py tests/service/test_transfers.py --ignore-glob='*mutations.py'
 
 .PHONY: help setup setup-dev serve demo bench peers test check-device bench-device format lint types imports files check
 

@@ -5,10 +5,10 @@ Tiers of an adapter, by weights digest:
     absent -> host (folded, cast, checked) -> device (a slot of its rank bucket)
 
 `hold` keeps an adapter on the host for as long as somebody has it (a pin); the least recently used others make room.
-Slots are written by the device thread alone, between batches, in the order of its stream: no batch that read a slot can
-still be running when it is overwritten. Slot tensors are allocated once and never move: those of a bucket are a *stack*,
-whose slots one product serves; the matrices of layers are laid out by inputs there, and on the host alike. Slot 0 is
-`__base__`: it adds nothing and projects with the backbone's own heads.
+Slots are written by the device thread alone, and only those that nobody leases. A lease ends when the device has done what
+read the slot: so what is written, perhaps beside a batch that is running, is read by none. Slot tensors are allocated once
+and never move: those of a bucket are a *stack*, whose slots one product serves; the matrices of layers are laid out by inputs
+there, and on the host alike. Slot 0 is `__base__`: it adds nothing and projects with the backbone's own heads.
 """
 
 import logging
@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -32,6 +32,7 @@ from adapters.package import Package, is_finite
 from service.errors import NoFreeSlot
 from service.logs import event
 from service.metrics import Metrics
+from service.transfers import HERE, Arrival, Transfers
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class _Slot:
     num_leases: int = 0
     leased_at: float = 0.0
     view: SlotView | None = None
+    arrival: Arrival = HERE
 
 
 @dataclass
@@ -143,6 +145,7 @@ class AdapterBank:
         self.device = device
         self.dtype = dtype
         self.buckets = buckets
+        self.transfers = Transfers(device)
         self._kernels = kernels or kernels_for(device, dtype)
         self.is_wanted: Callable[[str], bool] = lambda digest: False  # set by the engine, which knows what waits
         self._heads = dict(heads)
@@ -178,9 +181,10 @@ class AdapterBank:
     # --- host tier ---------------------------------------------------------------------------------------
 
     def fold(self, package: Package) -> HostAdapter:
-        """A package as this bank holds it, see `fold_package`. Any thread."""
+        """A package as this bank holds it, see `fold_package`: where the device can read it by itself. Any thread."""
         assert self.dims is not None, "the caller checked that the backbone takes adapters. This is a bug."
-        return fold_package(package, self.dims, self.dtype)
+        folded = fold_package(package, self.dims, self.dtype)
+        return replace(folded, tensors={name: self.transfers.pinned(own) for name, own in folded.tensors.items()})
 
     @property
     def max_rank(self) -> int:
@@ -291,10 +295,25 @@ class AdapterBank:
                 return None
             self._fill(slot, adapter)
         self._metrics.adapter_hits.labels(tier).inc()
+        slot.arrival.wait()
         slot.num_leases += 1
         slot.leased_at = time.monotonic()
         assert slot.view is not None
         return SlotLease(slot, slot.view)
+
+    def prefetch(self, digest: str) -> bool:
+        """Begin to fill a slot that will be leased soon; whether the adapter has one. None is taken from who waits for it."""
+        if digest == BASE_ADAPTER or self._slot_of(digest) is not None:
+            return True
+        if not self.has(digest):
+            return False
+        adapter = self.adapter(digest)
+        slot = self._free_slot(adapter)
+        if slot is None or (slot.digest is not None and self.is_wanted(slot.digest)):
+            return False
+        self._fill(slot, adapter)
+        slot.leased_at = time.monotonic()
+        return True
 
     def lease(self, digest: str) -> "SlotLease":
         """Like `try_lease`. Raises: NoFreeSlot instead of giving None."""
@@ -336,7 +355,9 @@ class AdapterBank:
         tensors = {**self._heads, **adapter.tensors}
         # a head that this backbone does not have is left out: nothing will project with it
         own = {name: tensor for name, tensor in tensors.items() if name in bucket.stack}
-        views = {name: _copy(tensor, bucket.stack[name][slot.index]) for name, tensor in own.items()}
+        views, slot.arrival = self.transfers.run(
+            lambda: {name: _copy(tensor, bucket.stack[name][slot.index]) for name, tensor in own.items()}
+        )
         slot.view = SlotView(adapter.family, views, adapter.schedule, Place(bucket.stack, slot.index))
         slot.digest = adapter.digest
         self._metrics.adapter_loads.labels("device").inc()
@@ -386,7 +407,14 @@ class AdapterBank:
 def _copy(tensor: Tensor, place: Tensor) -> Tensor:
     """Copy a tensor into the corner of a slot that it fills, and return that corner."""
     view = place[tuple(slice(0, size) for size in tensor.shape)]
-    return view.copy_(tensor, non_blocking=True)
+    is_by_inputs = tensor.ndim > 1 and tensor.mT.is_contiguous()
+    if (
+        is_by_inputs
+    ):  # in the order of memory: where the corner has gaps, torch would turn it on the host before it goes
+        view.mT.copy_(tensor.mT, non_blocking=True)
+    else:
+        view.copy_(tensor, non_blocking=True)
+    return view
 
 
 class SlotLease:

@@ -101,6 +101,19 @@ class _Lane:
             heapq.heappop(heap)
         return heap[0] if heap else None
 
+    def first(self, group: Group, limits: BatchLimits) -> list[Job]:
+        """The first jobs of a group that fit together; of a group that has one."""
+        waiting = [entry for entry in self.groups[group] if entry[1] in self.jobs]
+        found: list[Job] = []
+        rows = tokens = 0
+        for _, number in heapq.nsmallest(min(len(waiting), limits.max_rows), waiting):
+            job = self.jobs[number]
+            rows, tokens = rows + job.rows, tokens + job.tokens
+            if found and (rows > limits.max_rows or tokens > limits.max_tokens):
+                break
+            found.append(job)
+        return found
+
     def pack(self, group: Group, limits: BatchLimits, max_cost: float, may_join: Callable[[Job], bool]) -> list[Job]:
         """Take the first jobs of a group that fit together and may join."""
         heap = self.groups[group]
@@ -215,6 +228,13 @@ class Scheduler:
                     self._account(lane, sum(job.cost for job in jobs))
                     return Batch(tuple(jobs))
         return None
+
+    def upcoming(self) -> list[Job]:
+        """The jobs that are next, as many as fit into a batch. They stay: who comes in before it is formed may be taken instead."""
+        for lane in self._lanes():
+            for group in lane.order():
+                return lane.first(group, self.limits)
+        return []
 
     def _lanes(self) -> tuple[_Lane, _Lane]:
         if self._background_due > 0 and self._background.jobs:

@@ -44,7 +44,7 @@ class TextInput:
 class MatchInput:
     """Texts against clips, pair by pair: ids[n] with states[n] [F, P, D].
 
-    similarities[n] [F] are the text's cosines with the clip's frames where the adapter weighs frames, else None.
+    similarities[n] [F] are the text's cosines with the clip's frames, on the host, where the adapter weighs frames, else None.
     """
 
     ids: tuple[tuple[int, ...], ...]

@@ -60,7 +60,7 @@ def run_vision(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[Vi
     sizes = [len(pixels) for pixels in inputs]
     frames: Sequence[Tensor | None] = [None] * len(jobs)
     if model.vision_proj is not None:
-        frames = model.project("vision_proj", states[:, 0], adaptation).float().cpu().split(sizes)
+        frames = to_host(model.project("vision_proj", states[:, 0], adaptation).float()).split(sizes)
     return [VisionOutput(own.clone(), f) for own, f in zip(states.split(sizes), frames, strict=True)]
 
 
@@ -69,7 +69,7 @@ def run_text(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[Text
     ids, mask = _pad(model, [cast(TextInput, job.inputs).ids for job in jobs])
     adaptation = leases.adaptation([job.adapter for job in jobs])
     hidden = model.encode_text(ids, mask, adaptation)
-    features = functional.normalize(model.project("text_proj", hidden[:, 0], adaptation).float(), dim=-1).cpu()
+    features = to_host(functional.normalize(model.project("text_proj", hidden[:, 0], adaptation).float(), dim=-1))
     return [TextOutput(feature) for feature in features]
 
 
@@ -87,18 +87,23 @@ def run_match(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[Mat
             [_factors(clip, similarity) for clip, similarity in zip(states, similarities, strict=True)],
             batch_first=True,
             padding_value=1.0,
-        )
+        ).to(y)
     adaptation = leases.adaptation([job.adapter for job, size in zip(jobs, sizes, strict=True) for _ in range(size)])
     hidden = model.encode_multimodal(ids, mask, y, seen, adaptation, factors)
-    logits = model.project("itm_head", hidden[:, 0], adaptation).float().cpu()
+    logits = to_host(model.project("itm_head", hidden[:, 0], adaptation).float())
     return [MatchOutput(own) for own in logits.split(sizes)]
 
 
+def to_host(x: Tensor) -> Tensor:
+    """A tensor on its way to the host: it is there when the device has been waited for, as the engine does after each batch."""
+    return x.to("cpu", non_blocking=True)
+
+
 def _factors(clip: Tensor, similarity: Tensor | None) -> Tensor:
-    """Key factors [F*P] of one pair; ones without frame weights."""
+    """Key factors [F*P] of one pair, on the host like its similarity; ones without frame weights."""
     if similarity is None:
-        return clip.new_ones(clip.shape[0] * clip.shape[1])
-    return frame_factors(similarity.to(clip.device, torch.float32)[None], clip.shape[1])[0].to(clip.dtype)
+        return torch.ones(clip.shape[0] * clip.shape[1])
+    return frame_factors(similarity.float()[None], clip.shape[1])[0]
 
 
 def _question_states(

@@ -21,6 +21,7 @@ from adapters.errors import AdapterBankError
 from service.backbone.decoding import Writing
 from service.backbones import Backbones, HostedBackbone
 from service.bank import BatchLeases, batch_leases
+from service.engine.ahead import Ahead
 from service.engine.blip_stages import medium_of
 from service.engine.stages import begin_batch, run_batch
 from service.engine.texts import Texts, WritingTurns
@@ -60,9 +61,11 @@ class Engine:
         num_threads: int = 0,
         max_wait_s: float = 0.0,
         max_batch_s: float = math.inf,
+        prepares_ahead: bool | None = None,
     ) -> None:
         """`max_wait_s`: how long a job may wait for others to share its batch while the device has nothing to do.
         `max_batch_s`: how long a batch of several jobs may take, by their cost and the speed of the stage so far.
+        `prepares_ahead`: whether the next batch's slots are filled before this one's end; None: where that runs beside it.
         """
         self.backbones = backbones
         self._scheduler = scheduler
@@ -76,6 +79,8 @@ class Engine:
         for hosted in backbones:
             hosted.bank.is_wanted = scheduler.is_wanted
         self._texts = WritingTurns(scheduler)
+        self._ahead = Ahead(backbones, scheduler)
+        self._prepares_ahead = self._ahead.pays if prepares_ahead is None else prepares_ahead
         self._results: dict[int, Result] = {}
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[int] = deque()
@@ -274,6 +279,7 @@ class Engine:
         except Exception as error:
             if _is_fatal(error):
                 raise
+            _wait_for(self.backbones.named(batch.backbone).backbone.device)  # it may still read the slots
             leases.release()
             self._retry_alone(batch, error)
             return None
@@ -297,7 +303,7 @@ class Engine:
             if not leases.add(job.adapter):
                 raise EngineFailed(f"no slot for {job.adapter} in a batch of its own. This is a bug.")
         in_order = sorted(batch.jobs, key=lambda job: (hosted.bank.place(job.adapter), medium_of(job.inputs)))
-        return hosted, Batch(tuple(in_order))
+        return hosted, Batch(tuple(map(self._ahead.on_device, in_order)))
 
     def _run_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> list[StageOutput]:
         def keep_going() -> bool:
@@ -306,8 +312,21 @@ class Engine:
 
         with torch.inference_mode():
             outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
+            self._prepare_ahead()
             _wait_for(hosted.backbone.device)
             return outputs
+
+    def _prepare_ahead(self) -> None:
+        """While the device runs a batch: bring what the next one needs. A failure is the next one's to meet."""
+        if not self._prepares_ahead:
+            return
+        self._read_inbox()
+        try:
+            self._ahead.prepare()
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            log.warning("the next batch could not be prepared ahead: %s", error)
 
     # --- texts, word by word -----------------------------------------------------------------------------
 
@@ -381,6 +400,7 @@ class Engine:
             raise error
         self._texts.remove(texts)
         jobs = list(texts.jobs)
+        _wait_for(texts.hosted.backbone.device)  # it may still read the slots
         texts.leases.release()
         if also is not None:
             jobs += [job for job in also.jobs if job not in jobs]

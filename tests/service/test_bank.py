@@ -310,6 +310,29 @@ def test_a_leased_slot_is_never_overwritten(backbone: Backbone, adapters: list[H
     assert slot_leases(bank) == 0
 
 
+def test_a_slot_is_filled_before_it_is_leased_but_taken_from_nobody_who_waits(
+    backbone: Backbone, adapters: list[HostAdapter]
+) -> None:
+    bank = make_bank(backbone, ((4, 2),))
+    put_all(bank, adapters[:4])
+    a, b, c = (adapter.digest for adapter in adapters[1:4])
+    waiting = {a, b, c}
+    bank.is_wanted = waiting.__contains__
+    assert bank.prefetch(BASE_ADAPTER) and bank.prefetch(a) and bank.prefetch(b)
+    assert bank.residency()["device"].keys() == {a, b} and slot_leases(bank) == 0
+    assert not bank.prefetch(c), "both slots' adapters are waited for"
+    assert not bank.prefetch("sha256:" + 64 * "0")
+    waiting.remove(a)
+    assert bank.prefetch(c) and bank.residency()["device"].keys() == {b, c}
+    leases = [bank.lease(digest) for digest in (b, c)]
+    assert sample(bank, "bank_adapter_hits_total", tier="device") == 2
+    waiting.clear()
+    assert not bank.prefetch(a), "a leased slot is never overwritten"
+    leases[0].release()
+    assert bank.prefetch(a) and bank.residency()["device"].keys() == {a, c}
+    assert torch.equal(bank.lease(a).view.tensors["down.weight"], adapters[1].tensors["down.weight"])
+
+
 def test_a_wide_adapter_never_gets_a_narrow_slot(backbone: Backbone, adapters: list[HostAdapter]) -> None:
     bank = make_bank(backbone, ((4, 3), (8, 1)))
     put_all(bank, adapters)
@@ -444,7 +467,7 @@ def test_a_lease_released_twice_is_a_bug_that_says_so(backbone: Backbone, adapte
 
 
 Steps = list[tuple[str, int]]
-ACTIONS = st.sampled_from(["put", "hold", "release", "lease", "end"])
+ACTIONS = st.sampled_from(["put", "hold", "release", "prefetch", "lease", "end"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -462,6 +485,9 @@ def test_any_order_of_calls_keeps_the_counts_and_the_contents_right(world: World
             held.append(adapter)
         elif action == "release" and held:
             bank.release(held.pop(which % len(held)).digest)
+        elif action == "prefetch":
+            has_slot = bank.prefetch(adapter.digest)
+            assert not has_slot or adapter.digest in bank.residency()["device"]
         elif action == "lease" and adapter in held:  # as the engine does: what it leases is pinned
             lease = bank.try_lease(adapter.digest)
             if lease is not None:

@@ -81,9 +81,12 @@ class Scripted:
         return not (self.engine._results or self.engine._inbox or len(self.engine._scheduler) or slot_leases(self.bank))
 
 
-@pytest.fixture
-def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
-    """Not started: what is submitted before `engine.start()` is there when the first batch forms."""
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def scripted(world: World, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Scripted]:
+    """Not started: what is submitted before `engine.start()` is there when the first batch forms.
+
+    Also as it runs where the next batch is prepared while one runs.
+    """
     metrics = Metrics()
     bank = make_bank(world.backbone, ((4, 2), (8, 1)))
     fatal: list[BaseException] = []
@@ -94,6 +97,7 @@ def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted
         metrics,
         measured=lambda cost, seconds: measured.append((cost, seconds)),
         on_fatal=fatal.append,
+        prepares_ahead=request.param,
     )
     scripted = Scripted(device, bank, metrics, fatal=fatal, measured=measured)
     monkeypatch.setattr(engine, "run_batch", scripted.run_batch)
@@ -169,6 +173,40 @@ def test_jobs_of_several_adapters_share_a_batch_and_their_slots_are_given_back(
     scripted.engine.stop()
     assert scripted.sample("bank_batch_adapters_sum", stage="text") == 4
     assert scripted.is_at_rest()
+
+
+@pytest.mark.parametrize(("scripted", "found"), [(True, (3, 1)), (False, (0, 4))], indirect=["scripted"])
+def test_the_next_batchs_slots_are_filled_while_one_runs(
+    scripted: Scripted, world: World, found: tuple[int, int]
+) -> None:
+    """The fourth adapter has to wait for a slot: the batch before it has them all."""
+    digests = put_adapters(scripted, world, (4, 4, 8, 4))
+    scripted.engine.start()
+    with held_up(scripted):
+        results = [scripted.engine.submit(job(digest)) for digest in digests]
+    for result in results:
+        result.result(WAIT_S)
+    scripted.engine.stop()
+    own = scripted.bank._metrics.registry.get_sample_value
+    assert own("bank_adapter_loads_total", {"tier": "device"}) == 4, "nothing was filled twice"
+    assert [len(batch.jobs) for batch in scripted.batches] == [1, 3, 1], "there are three slots"
+    assert tuple(own("bank_adapter_hits_total", {"tier": tier}) or 0 for tier in ("device", "host")) == found
+    assert scripted.is_at_rest()
+
+
+@pytest.mark.parametrize("scripted", [True], indirect=True)
+def test_what_cannot_be_prepared_ahead_harms_no_batch_that_runs(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(scripted.engine._ahead, "prepare", broken)
+    results = [scripted.engine.submit(job()) for _ in range(6)]
+    scripted.engine.start()
+    assert [value(result) > 0 for result in results] == 6 * [True]
+    assert "could not be prepared ahead: no memory is left" in caplog.text
+    assert scripted.sample("bank_retried_batches_total") == 0
 
 
 def test_more_adapters_than_slots_in_one_queue_all_finish(scripted: Scripted, world: World) -> None:

@@ -52,6 +52,29 @@ def batches(scheduler: Scheduler, may_join: Callable[[Job], bool] = anybody) -> 
     return taken
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_is_upcoming_is_the_next_batch_and_stays(data: st.DataObject) -> None:
+    scheduler = Scheduler(BatchLimits(max_rows=5, max_tokens=9))
+    jobs: list[Job] = []
+    for _ in range(data.draw(st.integers(0, 14))):
+        small = st.integers(1, 3)
+        stage: Stage = data.draw(st.sampled_from(["text", "match"]))
+        rows, tokens, cost = data.draw(small), data.draw(small), float(data.draw(small))
+        client, is_background = data.draw(st.sampled_from("abc")), data.draw(st.booleans())
+        jobs.append(job(client, stage=stage, rows=rows, tokens=tokens, cost=cost, background=is_background))
+        scheduler.add(jobs[-1])
+        if data.draw(st.integers(0, 4)) == 0:
+            scheduler.remove(data.draw(st.sampled_from(jobs)).number)
+    while len(scheduler):
+        before = len(scheduler)
+        upcoming = tuple(scheduler.upcoming())
+        assert len(scheduler) == before
+        batch = scheduler.next_batch(anybody)
+        assert batch is not None and batch.jobs == upcoming
+    assert scheduler.upcoming() == []
+
+
 # --- what goes together --------------------------------------------------------------------------------------
 
 
