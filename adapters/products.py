@@ -20,7 +20,7 @@ Activation = Literal["none", "relu", "gelu"]
 
 PACKED_ROWS = 256  # the layout that oneDNN picks for so many rows serves fewer and more of them well
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-_ONEDNN_FROM = 32  # rows from which a call of oneDNN with a matrix that is not packed pays
+_ONEDNN_FROM = 3_000_000  # multiplications from which oneDNN's dearer call pays with a matrix that is not packed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
@@ -38,13 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies faster than torch by a matrix that is not packed: by inputs, many rows, no gradient.
+    """Whether oneDNN multiplies faster than torch by a matrix that is not packed: by inputs, much to do, no gradient.
 
     By a part of a wider matrix it multiplies number by number, a hundred times slower.
     """
-    outputs, inputs = weight.shape
+    outputs = weight.shape[0]
     return (
-        x.numel() >= _ONEDNN_FROM * inputs
+        x.numel() * outputs >= _ONEDNN_FROM
         and weight.stride() == (1, outputs)
         and not torch.is_grad_enabled()
         and has_onednn(weight.device, weight.dtype)

@@ -157,6 +157,7 @@ class AdapterBank:
         self._lock = threading.Lock()
         self._metrics = metrics
         self._buckets = self._allocate() if dims is not None else {}
+        self.transfers.follow()  # what the slots begin as must not come behind what they are filled with
 
     def _allocate(self) -> dict[tuple[str, int], _Bucket]:
         assert self.dims is not None

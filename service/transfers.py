@@ -54,11 +54,17 @@ class Transfers:
         if not self._can_pin or tensor.is_cuda:
             return tensor
         try:
-            return tensor.pin_memory()
+            with torch.cuda.device(self._device):
+                return tensor.pin_memory()
         except RuntimeError as error:
             self._can_pin = False
             log.warning("the host has no memory that can be pinned (%s): copies to the device are slower", error)
             return tensor
+
+    def follow(self) -> None:
+        """Let what is copied from now on come after what the device was told so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def run(self, copy: Callable[[], T]) -> tuple[T, Arrival]:
         """What `copy` gives, and when it will be there."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import products
 from adapters.families import base
 from adapters.families.slots import COPYING_KERNELS, DEFAULT_KERNELS, GROUPED_KERNELS, Kernels, ManySlots, OneSlot, Run
 
@@ -24,7 +25,7 @@ WORD = 2  # tokens of a row where a word is written: a cross-attending layer rea
 
 @dataclass(frozen=True)
 class Setting:
-    """Kernels, and whether the backbone's matrices are packed.
+    """Kernels, whether the backbone's matrices are packed, and how much must be multiplied for oneDNN to do it by plain ones.
 
     `only`: what alone multiplies for the rows of a mixed batch whose slots have neighbours of their size and number of
     rows; None: whatever the sizes lead to.
@@ -33,13 +34,14 @@ class Setting:
     kernels: Kernels
     only: str | None
     packs: bool = True
+    onednn_from: int = products._ONEDNN_FROM
 
 
 # Everything at a threshold of 1 or NEVER: models of tests are too small to reach the thresholds that serve.
 SERVED = "as served"
 SETTINGS: Mapping[str, Setting] = {
     SERVED: Setting(DEFAULT_KERNELS, None),
-    "slot by slot": Setting(Kernels(segments_from=1), SLOT_BY_SLOT),
+    "slot by slot": Setting(Kernels(segments_from=1), SLOT_BY_SLOT, onednn_from=0),
     "a loop": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0), LOOP),
     "stacked": Setting(Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), STACKED),
     "gathered": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=NEVER), "gathered"),
@@ -97,8 +99,11 @@ class Watch:
 
 
 @contextmanager
-def watching() -> Iterator[Watch]:
-    """See which kernels multiply: they are wrapped where they are chosen. One at a time."""
+def watching(setting: Setting | None = None) -> Iterator[Watch]:
+    """See which kernels multiply: they are wrapped where they are chosen. One at a time.
+
+    With a setting oneDNN multiplies by plain matrices as it says; its kernels are the caller's to take.
+    """
     watch = Watch()
     one, many, add_term = OneSlot.linear, ManySlots._product, base._add_term
 
@@ -121,6 +126,7 @@ def watching() -> Iterator[Watch]:
             add_term(*args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_ONEDNN_FROM", (setting or SETTINGS[SERVED]).onednn_from)
         patch.setattr(OneSlot, "linear", one_linear)
         patch.setattr(ManySlots, "_product", product)
         patch.setattr(base, "_add_term", term)

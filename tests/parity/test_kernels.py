@@ -30,7 +30,7 @@ CASES = [case for folder in find_sets("uniadapter") for case in read_set(folder)
 def test_every_claim_holds(case: Case, name: str, tmp_path: Path) -> None:
     """The case's own products all ran by the kernel that the setting is about: no comparison was of another one's."""
     setting = SETTINGS[name]
-    with watching() as watch:
+    with watching(setting) as watch:
         served = serve(case, tmp_path, setting=setting)
         found = [comparison for claimed in case.claimed for comparison in Claims(served).of(claimed)]
         found += Claims(served).companions()
@@ -53,7 +53,7 @@ def test_every_claim_of_epalm_holds_on_a_plain_model() -> None:
     setting = SETTINGS["stacked, nothing packed"]
     assert SETTINGS[SERVED].packs and not setting.packs
     worlds = make_worlds(read_sets(), setting)
-    with watching() as watch:
+    with watching(setting) as watch:
         claims = [EPalmClaims(world, case) for world in worlds for case in world.cases]
         found = [comparison for own in claims for name in own.case.claimed for comparison in own.of(name)]
     assert not [str(comparison) for comparison in found if not comparison.holds]

@@ -360,7 +360,7 @@ def test_one_stage_with_every_adapter_at_once(runner: Runner, stage: Stage) -> N
         )
         for place, adapter in enumerate([-1, *ALIKE, 0, 3, 4] * 2)
     ]
-    with watching() as watch:
+    with watching(runner.setting) as watch:
         outputs = runner.run([runner.job(ask) for ask in asks], 1 << 30)
     for ask, output in zip(asks, outputs, strict=True):
         check(ask, output)
