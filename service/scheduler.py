@@ -37,6 +37,33 @@ class BatchLimits:
     max_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How many wait, and the sum of the times at which they came."""
+
+    num: int = 0
+    came_at: float = 0.0
+
+    def seconds(self, now: float) -> float:
+        """How long they have waited, all together."""
+        return max(0.0, self.num * now - self.came_at)
+
+    def with_job(self, job: Job) -> "Waiting":
+        """With one more."""
+        return Waiting(self.num + 1, self.came_at + job.submitted_at)
+
+    def without(self, job: Job) -> "Waiting":
+        """With one less."""
+        return Waiting(self.num - 1, self.came_at - job.submitted_at) if self.num > 1 else NOBODY
+
+    def and_others(self, others: "Waiting") -> "Waiting":
+        """These and others."""
+        return Waiting(self.num + others.num, self.came_at + others.came_at)
+
+
+NOBODY = Waiting()
+
+
 @dataclass
 class _Flow:
     """Where the jobs of a flow end on the clock, and how many of them wait."""
@@ -53,6 +80,7 @@ class _Lane:
     groups: dict[Group, list[Stamped]] = field(default_factory=dict)
     flows: dict[Flow, _Flow] = field(default_factory=dict)
     adapters: Counter[str] = field(default_factory=Counter)  # waiting jobs of each; none have no entry
+    stages: dict[Stage, Waiting] = field(default_factory=dict)
     num_waiting_flows: int = 0
     num_rows: int = 0
     clock: float = 0.0
@@ -66,12 +94,14 @@ class _Lane:
         self.jobs[job.number] = job
         self.adapters[job.adapter] += 1
         self.num_rows += job.rows
+        self.stages[job.stage] = self.waiting(job.stage).with_job(job)
         heapq.heappush(self.groups.setdefault((job.backbone, job.stage, job.shape), []), (start, job.number))
 
     def forget(self, job: Job, *, has_run: bool) -> None:
         """A job has left. One that never ran gives its flow the time back."""
         del self.jobs[job.number]
         self.num_rows -= job.rows
+        self.stages[job.stage] = self.waiting(job.stage).without(job)
         self.adapters[job.adapter] -= 1
         if not self.adapters[job.adapter]:
             del self.adapters[job.adapter]
@@ -83,6 +113,10 @@ class _Lane:
             self.num_waiting_flows -= 1
             if len(self.flows) > 2 * self.num_waiting_flows + 64:
                 self._forget_flows()
+
+    def waiting(self, stage: Stage) -> Waiting:
+        """Who waits for a stage."""
+        return self.stages.get(stage, NOBODY)
 
     def _forget_flows(self) -> None:
         """Flows that wait for nothing and owe nothing are like new ones."""
@@ -172,6 +206,10 @@ class Scheduler:
         """When the job that waits longest was submitted, on the monotonic clock; None when nothing waits."""
         first = [next(iter(lane.jobs.values())) for lane in (self._foreground, self._background) if lane.jobs]
         return min((job.submitted_at for job in first), default=None)
+
+    def waiting(self, stage: Stage) -> Waiting:
+        """Who waits for a stage."""
+        return self._foreground.waiting(stage).and_others(self._background.waiting(stage))
 
     def is_wanted(self, adapter: str) -> bool:
         """Whether a waiting job needs an adapter."""

@@ -204,6 +204,7 @@ class Engine:
                 self._settle_dead(job)
             else:
                 self._scheduler.add(job)
+                self._texts.arrived(job)
 
     def _drop_dead(self) -> None:
         """Settle what was cancelled or is late, before it takes a slot."""
@@ -332,6 +333,7 @@ class Engine:
 
     def _begin(self, batch: Batch, leases: BatchLeases) -> None:
         """Read what texts start from, and let them join those that are being written."""
+        start = time.perf_counter()
         done = self._timed(batch, leases, lambda: self._read_texts(batch, leases))
         if done is None:
             return
@@ -341,6 +343,7 @@ class Engine:
         for texts in self._texts:
             if texts.can_join(begun):
                 self._join_texts(texts, begun)
+                self._texts.let_in(batch.jobs, time.perf_counter() - start)
                 return
         self._texts.add(begun)
 

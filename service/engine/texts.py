@@ -1,11 +1,13 @@
 """Texts that are being written word by word, and who may come in beside them."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from service.backbone.decoding import Writing
 from service.backbones import HostedBackbone
 from service.bank import BatchLeases
+from service.engine.newcomers import Newcomers
 from service.scheduler import Scheduler
 from service.types import Batch, ContinueInput, Job
 
@@ -62,8 +64,8 @@ class Texts:
 class WritingTurns:
     """All texts that are being written, and whose turn it is beside them. The device thread's own.
 
-    A new text comes in while there is room. Other jobs get half of the device's time: a batch of them runs, and then words
-    are written for as long as it took. No text comes in before one that was first in the queue and found no room or no
+    A new text comes in while there is room, and when it pays (`engine/newcomers.py`). Other jobs get half of the device's time: a
+    batch of them runs, and then words are written for as long as it took. No text comes in before one that was first in the queue and found no room or no
     slot: texts that come and go would never leave it any.
     """
 
@@ -72,6 +74,8 @@ class WritingTurns:
         self._texts: list[Texts] = []
         self._first: Job | None = None  # it waits for room or a slot that texts have
         self._new_rows = self._new_tokens = 0  # of texts that the batch being formed would begin
+        self._newcomers = Newcomers()
+        self._should_wait = False  # who would come in, for others to come in with them
         self._writing_due_s = 0.0  # device time that others had since, and that writing is to have
 
     def __iter__(self) -> Iterator[Texts]:
@@ -92,11 +96,26 @@ class WritingTurns:
         if not self._texts:
             self._writing_due_s = 0.0
 
+    def arrived(self, job: Job) -> None:
+        """A job was queued."""
+        if job.stage == "generate":
+            self._newcomers.arrived(job.submitted_at)
+
     def form_batch(self, is_dead: Callable[[Job], bool]) -> None:
         """A batch is about to be formed; `is_dead` says for which jobs nobody waits any more."""
         self._new_rows = self._new_tokens = 0
+        self._should_wait = bool(self._texts) and self._is_company_worth_it()
         if self._first is not None and (not self._texts or is_dead(self._first)):
             self._first = None
+
+    def _is_company_worth_it(self) -> bool:
+        now, waiting = time.monotonic(), self._scheduler.waiting("generate")
+        return self._newcomers.should_wait(
+            now,
+            num_writing=sum(len(texts.jobs) for texts in self._texts),
+            num_waiting=waiting.num,
+            waited_s=waiting.seconds(now),
+        )
 
     def may_come_in(self, job: Job) -> bool:
         """Whether it is a job's turn to join the batch that is being formed."""
@@ -104,6 +123,8 @@ class WritingTurns:
             return True
         if job.stage != "generate":
             return self._writing_due_s <= 0
+        if self._should_wait:
+            return False
         if self._first is not None and job is not self._first:
             return False
         limits = self._scheduler.limits
@@ -129,6 +150,10 @@ class WritingTurns:
         """A batch was formed."""
         if self._first in batch.jobs:
             self._first = None
+
+    def let_in(self, jobs: Sequence[Job], seconds: float) -> None:
+        """These came in beside texts that were being written, which took so long."""
+        self._newcomers.price.learn(sum(job.cost for job in jobs), seconds)
 
     def others_ran(self, seconds: float) -> None:
         """A batch that wrote nothing took so long."""

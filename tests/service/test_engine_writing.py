@@ -3,10 +3,12 @@
 A script stands in place of the model: `Words` texts end after as many words as their question's first id says.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from adapters.config import BASE_ADAPTER
 from service.backbones import Backbones
 from service.bank import BatchLeases
-from service.engine import Engine, engine
+from service.engine import Engine, engine, texts
 from service.errors import DeadlineExceeded, EngineFailed
 from service.metrics import Metrics
 from service.scheduler import BatchLimits, Scheduler
@@ -137,6 +139,31 @@ def test_a_short_text_that_comes_later_ends_before_a_long_one(scripted: Scripted
     assert [sorted(row) for row in scripted.words] == [[long.number], both, *[[long.number]] * 3]
     assert scripted.is_at_rest()
     assert sum(cost for cost, _ in scripted.measured) == long.cost + short.cost
+
+
+def test_newcomers_wait_for_company_where_to_let_them_in_is_dear(
+    scripted: ScriptedTexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other work does not wait with them, and after half a second they come in together."""
+    newcomers = scripted.engine._texts._newcomers
+    for work in (1.0, 2.0):
+        newcomers.price.learn(work, 5.0 + work)
+    first = scripted.engine.submit(text(9))
+    scripted.engine.step()
+    for _ in range(100):
+        newcomers.arrived(time.monotonic())
+    later = [scripted.engine.submit(text(2)), scripted.engine.submit(text(2))]
+    other = scripted.engine.submit(job())
+    scripted.engine.step(), scripted.engine.step()
+    assert other.done() and [len(row) for row in scripted.words] == [1, 1, 1]
+    now = time.monotonic()
+    monkeypatch.setattr(texts, "time", SimpleNamespace(monotonic=lambda: now + 1.0))
+    scripted.engine.step()
+    assert [len(row) for row in scripted.words] == [1, 1, 1, 3]
+    while not (first.done() and all(result.done() for result in later)):
+        scripted.engine.step()
+    assert [len(batch.jobs) for batch in scripted.batches if batch.stage == "generate"] == [1, 2]
+    assert scripted.is_at_rest()
 
 
 def test_texts_take_no_more_rows_than_a_batch_may_have(scripted: ScriptedTexts) -> None:

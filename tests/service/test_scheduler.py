@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import BACKGROUND_SHARE, MAX_PASSED_OVER, BatchLimits, Scheduler, is_late
+from service.scheduler import BACKGROUND_SHARE, MAX_PASSED_OVER, NOBODY, BatchLimits, Scheduler, is_late
 from service.types import Job, Stage, TextInput
 
 NO_LIMITS = BatchLimits(max_rows=1 << 30, max_tokens=1 << 30)
@@ -67,12 +67,18 @@ def test_what_is_upcoming_is_the_next_batch_and_stays(data: st.DataObject) -> No
         if data.draw(st.integers(0, 4)) == 0:
             scheduler.remove(data.draw(st.sampled_from(jobs)).number)
     while len(scheduler):
+        for stage in ("text", "match"):
+            own = [one for lane in (scheduler._foreground, scheduler._background) for one in lane.jobs.values()]
+            came = [one.submitted_at for one in own if one.stage == stage]
+            waiting = scheduler.waiting(stage)
+            assert waiting.num == len(came)
+            assert waiting.seconds(1e6) == pytest.approx(sum(1e6 - at for at in came))
         before = len(scheduler)
         upcoming = tuple(scheduler.upcoming())
         assert len(scheduler) == before
         batch = scheduler.next_batch(anybody)
         assert batch is not None and batch.jobs == upcoming
-    assert scheduler.upcoming() == []
+    assert scheduler.upcoming() == [] and scheduler.waiting("text") == scheduler.waiting("match") == NOBODY
 
 
 # --- what goes together --------------------------------------------------------------------------------------
