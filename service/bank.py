@@ -59,12 +59,17 @@ class HostAdapter:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(_num_bytes(tensor) for tensor in self.tensors.values())
+        """Bytes of its tensors; of those in pinned memory what torch takes for them, which is the next power of two."""
+        return sum(_held_bytes(tensor) for tensor in self.tensors.values())
 
 
 def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    num_bytes = _num_bytes(tensor)
+    return 1 << (num_bytes - 1).bit_length() if tensor.is_pinned() else num_bytes
 
 
 def fold_package(package: Package, dims: BackboneDims, dtype: torch.dtype) -> HostAdapter:
@@ -107,6 +112,7 @@ class _Slot:
     leased_at: float = 0.0
     view: SlotView | None = None
     arrival: Arrival = HERE
+    was_prefetched: bool = False  # and not leased since
 
 
 @dataclass
@@ -295,6 +301,9 @@ class AdapterBank:
             if slot is None:
                 return None
             self._fill(slot, adapter)
+        elif slot.was_prefetched:
+            tier = "host"
+        slot.was_prefetched = False
         self._metrics.adapter_hits.labels(tier).inc()
         slot.arrival.wait()
         slot.num_leases += 1
@@ -314,6 +323,7 @@ class AdapterBank:
             return False
         self._fill(slot, adapter)
         slot.leased_at = time.monotonic()
+        slot.was_prefetched = True
         return True
 
     def lease(self, digest: str) -> "SlotLease":

@@ -8,14 +8,14 @@ queueing over flows of (client, adapter), in units of cost: a job is stamped on 
 
 and the lowest stamp runs first, at every stage. So a flow that queues much waits behind itself and not in front of
 others, and nothing starves: the clock soon passes every stamp, however many newcomers there are. Background work has a lane of its own, which runs when the
-foreground has nothing to run, and otherwise gets a small guaranteed share. Every operation takes logarithmic time.
+foreground has nothing to run, and otherwise gets a small guaranteed share. Whatever adds or takes out takes logarithmic time.
 """
 
 import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from service.types import Batch, Job, Stage
@@ -56,10 +56,6 @@ class Waiting:
         """With one less."""
         return Waiting(self.num - 1, self.came_at - job.submitted_at) if self.num > 1 else NOBODY
 
-    def and_others(self, others: "Waiting") -> "Waiting":
-        """These and others."""
-        return Waiting(self.num + others.num, self.came_at + others.came_at)
-
 
 NOBODY = Waiting()
 
@@ -80,7 +76,7 @@ class _Lane:
     groups: dict[Group, list[Stamped]] = field(default_factory=dict)
     flows: dict[Flow, _Flow] = field(default_factory=dict)
     adapters: Counter[str] = field(default_factory=Counter)  # waiting jobs of each; none have no entry
-    stages: dict[Stage, Waiting] = field(default_factory=dict)
+    waiting: dict[Group, Waiting] = field(default_factory=dict)
     num_waiting_flows: int = 0
     num_rows: int = 0
     clock: float = 0.0
@@ -94,14 +90,17 @@ class _Lane:
         self.jobs[job.number] = job
         self.adapters[job.adapter] += 1
         self.num_rows += job.rows
-        self.stages[job.stage] = self.waiting(job.stage).with_job(job)
-        heapq.heappush(self.groups.setdefault((job.backbone, job.stage, job.shape), []), (start, job.number))
+        group = _group_of(job)
+        self.waiting[group] = self.waiting.get(group, NOBODY).with_job(job)
+        heapq.heappush(self.groups.setdefault(group, []), (start, job.number))
 
     def forget(self, job: Job, *, has_run: bool) -> None:
         """A job has left. One that never ran gives its flow the time back."""
         del self.jobs[job.number]
         self.num_rows -= job.rows
-        self.stages[job.stage] = self.waiting(job.stage).without(job)
+        left = self.waiting.pop(_group_of(job)).without(job)
+        if left.num:
+            self.waiting[_group_of(job)] = left
         self.adapters[job.adapter] -= 1
         if not self.adapters[job.adapter]:
             del self.adapters[job.adapter]
@@ -113,10 +112,6 @@ class _Lane:
             self.num_waiting_flows -= 1
             if len(self.flows) > 2 * self.num_waiting_flows + 64:
                 self._forget_flows()
-
-    def waiting(self, stage: Stage) -> Waiting:
-        """Who waits for a stage."""
-        return self.stages.get(stage, NOBODY)
 
     def _forget_flows(self) -> None:
         """Flows that wait for nothing and owe nothing are like new ones."""
@@ -207,9 +202,9 @@ class Scheduler:
         first = [next(iter(lane.jobs.values())) for lane in (self._foreground, self._background) if lane.jobs]
         return min((job.submitted_at for job in first), default=None)
 
-    def waiting(self, stage: Stage) -> Waiting:
-        """Who waits for a stage."""
-        return self._foreground.waiting(stage).and_others(self._background.waiting(stage))
+    def waiting_like(self, job: Job) -> Waiting:
+        """Who waits that could share a batch with a job, background work aside."""
+        return self._foreground.waiting.get(_group_of(job), NOBODY)
 
     def is_wanted(self, adapter: str) -> bool:
         """Whether a waiting job needs an adapter."""
@@ -267,11 +262,15 @@ class Scheduler:
                     return Batch(tuple(jobs))
         return None
 
-    def upcoming(self) -> list[Job]:
-        """The jobs that are next, as many as fit into a batch. They stay: who comes in before it is formed may be taken instead."""
+    def upcoming(self, without: Collection[Stage] = ()) -> list[Job]:
+        """The jobs that are next, as many as fit into a batch, some stages left out.
+
+        They stay: who comes in before it is formed may be taken instead. Takes a time that grows with those who wait for it.
+        """
         for lane in self._lanes():
             for group in lane.order():
-                return lane.first(group, self.limits)
+                if group[1] not in without:
+                    return lane.first(group, self.limits)
         return []
 
     def _lanes(self) -> tuple[_Lane, _Lane]:
@@ -286,6 +285,10 @@ class Scheduler:
             self._background_due = due if self._background.jobs else min(due, 0.0)
         elif self._foreground.jobs:
             self._background_due -= cost
+
+
+def _group_of(job: Job) -> Group:
+    return job.backbone, job.stage, job.shape
 
 
 def is_late(job: Job, now: float | None = None) -> bool:

@@ -4,7 +4,7 @@ On a CUDA device copies run on a stream of their own, out of memory that the dev
 nor what is being computed waits for them. Whoever uses what was copied lets the device wait for its `Arrival` first. On a CPU
 host and device are one: a copy is done when it was made, and nothing needs to be brought.
 
-The copy stream waits for nobody. So what is copied over must be read by nobody any more, which is the caller's to know.
+The copy stream waits for nobody by itself. So what is copied over must be read by nobody any more, which is the caller's to know.
 """
 
 import logging
@@ -65,6 +65,13 @@ class Transfers:
         """Let what is copied from now on come after what the device was told so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def still_busy(self) -> Callable[[], bool]:
+        """Tells, whenever it is asked, whether the device is still at what it was told so far. On a CPU nobody can know."""
+        if self._stream is None:
+            return lambda: True
+        told = torch.cuda.current_stream(self._device).record_event()
+        return lambda: not told.query()
 
     def run(self, copy: Callable[[], T]) -> tuple[T, Arrival]:
         """What `copy` gives, and when it will be there."""

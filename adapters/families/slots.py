@@ -184,6 +184,11 @@ class Run(NamedTuple):
         return slice(self.parts[0].start, self.parts[-1].stop)
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """The first of its rows, and the one behind the last."""
+        return self.parts[0].start, self.parts[-1].stop
+
+    @property
     def is_side_by_side(self) -> bool:
         """Whether its slots are neighbours, in their order, with as many rows each."""
         return all(part.is_followed_by(after) for part, after in itertools.pairwise(self.parts))
@@ -281,7 +286,7 @@ class ManySlots:
         height, width = matrices.shape[-2:]
         table = matrices.view(-1, width)[height * (layer or 0) :]
         size = (x.shape[1], matrices[0].numel() // width, inputs)
-        rows, starts = self._plan(("rows", run.rows.start, *size), lambda: _rows_of_table(run, *size), x.device)
+        rows, starts = self._plan(("rows", *run.extent, *size), lambda: _rows_of_table(run, *size), x.device)
         product = gathered(x, table, rows, starts)[:, :outputs].view(*x.shape[:-1], outputs)
         return activate(product + self._bias(run, name, layer), activation)
 
@@ -290,7 +295,7 @@ class ManySlots:
         outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
         first, *_, last = run.places
         matrices = _of_layer(run.place.stack[f"{name}.weight"][first : last + 1], layer)
-        (ends,) = self._plan(("ends", run.rows.start, x.shape[1]), lambda: (_ends(run, x.shape[1]),), x.device)
+        (ends,) = self._plan(("ends", *run.extent, x.shape[1]), lambda: (_ends(run, x.shape[1]),), x.device)
         product = grouped(x.reshape(-1, inputs), matrices[:, :outputs, :inputs].transpose(1, 2), ends)
         return activate(product.view(*x.shape[:-1], outputs) + self._bias(run, name, layer), activation)
 
@@ -298,7 +303,7 @@ class ManySlots:
         """One batched product of rows x [B, T, in] with copies of their slots' matrices, wherever in the stack these are."""
         outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
         shared = math.gcd(*(part.num_rows for part in run.parts))  # rows that follow one another and share a slot
-        (places,) = self._plan(("places", run.rows.start), lambda: (_places(run, shared),), x.device)
+        (places,) = self._plan(("places", *run.extent), lambda: (_places(run, shared),), x.device)
         matrices = _of_layer(run.place.stack[f"{name}.weight"], layer)[:, :outputs, :inputs].transpose(1, 2)
         bias = self._bias(run, name, layer)[::shared]
         product = torch.baddbmm(bias, x.reshape(len(places), -1, inputs), matrices.index_select(0, places))

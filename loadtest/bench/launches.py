@@ -1,11 +1,12 @@
-"""What a device is told to do for a batch: how many operations are launched, and how often it is waited for. Counted, not timed.
+"""What a device is told to do for a batch: how many operations, and how often it is asked what came of them. Counted, not timed.
 
     python -m loadtest.bench launches [--size tiny|base] [--batch 16] [--rank 64]
 
-Where launching takes longer than what is launched, as on a GPU that writes a word of a few texts, this is what a batch costs;
-and it can be counted on any machine. Each stage runs on the frozen backbone, with one adapter for all rows, and with a
-different one for each, side by side in the bank and scattered; by the kernels of each kind of device. Then a word of texts
-written by beam search, with those of a GPU. The default precision is float16, in which a CPU launches what a GPU would.
+Where launching takes longer than what is launched, as on a GPU that writes a word of a few texts, this is most of what a batch
+costs; and it can be counted on any machine, but for what an operation is made of there (an attention with a mask is one here).
+Each stage runs on the frozen backbone, with one adapter for all rows, and with a different one for each, side by side in the
+bank and scattered; by the kernels of each kind of device. Then a word of texts written by beam search, with those of a GPU.
+The default precision is float16, in which a CPU is told what a GPU would be.
 """
 
 import random
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adapters.families.base import Adaptation, SlotView, adapt_rows
 from adapters.families.slots import ANY, COPYING_KERNELS, DEFAULT_KERNELS, GROUPED_KERNELS, Kernels
@@ -33,14 +35,14 @@ KERNELS: Mapping[str, Kernels] = {
     GPU: COPYING_KERNELS,
     "a Hopper GPU": GROUPED_KERNELS,
 }
-NOTHING_NEW = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "alias"})
+MAKES_ROOM = frozenset({"empty", "new_empty", "empty_like", "empty_strided"})
 WAITS = frozenset({"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"})
 SLOTS_PER_ADAPTER = 2  # scattered adapters lie in so many slots each, all but one of them somebody else's
 NUM_BEAMS, QUESTION_LENGTH, MAX_LENGTH = 3, 16, 8
 
 
 class Count(NamedTuple):
-    """Operations that make something new, and times that the host waits to see what is in a tensor."""
+    """Operations that compute or copy, and times that the host asks what is in a tensor, hence waits."""
 
     launches: int
     waits: int
@@ -52,11 +54,17 @@ class _Launches(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = [own.alias_info for own in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in returned)
+        result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        self.seen[name] += not is_view and name not in NOTHING_NEW
-        return func(*args, **(kwargs or {}))
+        is_view = not func._schema.is_mutable and bool(_memories(result) & _memories(args))
+        self.seen[name] += not is_view and name not in MAKES_ROOM
+        return result
+
+
+def _memories(values: Any) -> set[int]:
+    """Where the tensors among these, and in lists of them, are."""
+    found = tree_leaves(values)
+    return {value.untyped_storage().data_ptr() for value in found if isinstance(value, torch.Tensor)}
 
 
 class _Waits(TorchFunctionMode):

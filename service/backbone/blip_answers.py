@@ -10,6 +10,7 @@ from adapters.families.base import Adaptation, join_adaptations
 from adapters.training.losses import word_nll
 from service.backbone.blip import Blip, Decoder, Memory
 from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
+from service.backbone.rows import told
 from service.types import GenerateOutput, RankOutput
 
 MAX_CANDIDATE_ROWS = 256
@@ -58,13 +59,12 @@ class BlipSteps:
     def select(self, rows: Sequence[int], rows_per_text: int) -> None:
         """See Steps. A text's rows share its row of the memory."""
         device = self._logits.device
-        self._cache.select(torch.tensor(rows, device=device))
+        self._cache.select(told(device, rows))
         texts = [row // self._rows_per_text for row in rows[::rows_per_text]]
         is_same = texts == list(range(self._num_texts))
         if not is_same:
-            index = torch.tensor(texts)
-            self._memory = self._memory.select(index.to(device))
-            self._of_text = None if self._of_text is None else self._of_text.expand(index)
+            self._memory = self._memory.select(told(device, texts))
+            self._of_text = None if self._of_text is None else self._of_text.expand(torch.tensor(texts))
         if not is_same or rows_per_text != self._rows_per_text:
             self._num_texts, self._rows_per_text = len(texts), rows_per_text
             self._adapt_rows()

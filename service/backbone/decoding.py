@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from service.backbone.rows import told
 from service.types import GenerateOutput, Hypothesis
 
 CHUNK = 256  # words of which the best is found together
@@ -143,7 +144,7 @@ class Writing:
     def choose(self) -> list[tuple[int, GenerateOutput]]:
         """Pick every text's next words. Those that ended by it, by their place before, are let go with what they found."""
         num_beams, vocabulary = self.num_beams, self._log_probs.shape[-1]
-        totals = torch.tensor([search.totals for search in self._searches], device=self._log_probs.device)
+        totals = told(self._log_probs.device, [search.totals for search in self._searches])
         scores = self._log_probs.unflatten(0, (-1, num_beams)) + totals.unsqueeze(-1)  # [texts, beams, V]
         best, flat = best_of(scores.flatten(1), 2 * num_beams + 1)
         for search, own_best, own_flat in zip(self._searches, best.tolist(), flat.tolist(), strict=True):
@@ -168,7 +169,7 @@ class Writing:
         if beams > 1 or len(rows) < len(self._log_probs):
             self._steps.select(rows, beams)
         words = [text[-1] for search in self._searches for text in search.beams]
-        self._log_probs = _log_probs(self._steps.step(torch.tensor(words, device=device)))
+        self._log_probs = _log_probs(self._steps.step(told(device, words)))
 
     def can_join(self, other: "Writing") -> bool:
         """Whether another's texts may be written with these."""
@@ -185,7 +186,7 @@ class Writing:
         rows = [place * self.num_beams + beam for place in places for beam in range(self.num_beams)]
         self._steps.select(rows, self.num_beams)
         self._searches = [self._searches[place] for place in places]
-        self._log_probs = self._log_probs[torch.tensor(rows, device=self._log_probs.device)]
+        self._log_probs = self._log_probs[told(self._log_probs.device, rows)]
 
 
 def generate(
@@ -274,8 +275,8 @@ def _finish(
 def pad_ids(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """ids [B, L] and mask [B, L] (True: a token) of rows of different lengths, padded on the right."""
     length = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.long, device=device)
-    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=device)
+    ids = told(device, [[*row, *[pad] * (length - len(row))] for row in rows]).long()
+    mask = told(device, [[True] * len(row) + [False] * (length - len(row)) for row in rows]).bool()
     return ids, mask
 
 

@@ -22,7 +22,7 @@ from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Sched
 from service.backbone.config import LanguageModelConfig, OptConfig
 from service.backbone.encoders import Encoder, make_encoder
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
-from service.backbone.rows import KeysValues, join_padded
+from service.backbone.rows import KeysValues, join_padded, told
 from service.backbone.vit import SelfAttention
 
 FIRST_POSITION = 2  # of OPT's position table, whose first two rows are for padding
@@ -299,7 +299,7 @@ class Decoding:
 
     def _select_columns(self, rows: Sequence[int]) -> Tensor:
         """Keep these rows of all but keys and values; the rows on the device."""
-        index = torch.tensor(rows, device=self._last.device)
+        index = told(self._last.device, rows)
         self._columns = self._columns.select(rows, index)
         self._lengths, self._last = self._lengths[index], self._last[index]
         if self._inputs is not None:

@@ -1,7 +1,8 @@
 """Rows of batches: putting them together, and what is kept of those that grow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ def join_padded(first: Tensor, second: Tensor, dim: int, size: int) -> Tensor:
         missing = size - tensor.shape[dim]
         padded.append(functional.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor)
     return torch.cat(padded)
+
+
+def told(device: torch.device, numbers: Sequence[Any]) -> Tensor:
+    """Numbers of the host as a tensor on a device, which is not waited for: to make it there at once would do so."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 @dataclass

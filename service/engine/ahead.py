@@ -1,5 +1,6 @@
 """What the next batch needs, brought to the device while it runs this one: slots and inputs, of one batch and no more."""
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from service.backbones import Backbones
 from service.scheduler import Scheduler
 from service.transfers import Brought
-from service.types import Job, PerceiveInput, StageInput, VisionInput
+from service.types import Job, PerceiveInput, Stage, StageInput, VisionInput
 
 
 class Ahead:
@@ -23,10 +24,12 @@ class Ahead:
         """Whether copies run beside the device's work anywhere."""
         return any(hosted.bank.transfers.run_beside for hosted in self._backbones)
 
-    def prepare(self) -> None:
-        """Begin to bring what the jobs need that are next in the queue."""
+    def prepare(self, without: Collection[Stage] = (), go_on: Callable[[], bool] = lambda: True) -> None:
+        """Begin to bring what the jobs need that are next in the queue, some stages left out, for as long as it is to `go_on`."""
         before, self._brought = self._brought, {}
-        for job in self._scheduler.upcoming():
+        for job in self._scheduler.upcoming(without):
+            if not go_on():
+                return
             bank = self._backbones.named(job.backbone).bank
             bank.prefetch(job.adapter)
             tensor = _on_host(job.inputs)

@@ -96,7 +96,10 @@ def run_match(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[Mat
 
 def to_host(x: Tensor) -> Tensor:
     """A tensor on its way to the host: it is there when the device has been waited for, as the engine does after each batch."""
-    return x.to("cpu", non_blocking=True)
+    try:
+        return x.to("cpu", non_blocking=True)
+    except RuntimeError:  # it goes to memory that is pinned for it, of which there may be no more
+        return x.cpu()
 
 
 def _factors(clip: Tensor, similarity: Tensor | None) -> Tensor:

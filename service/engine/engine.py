@@ -313,17 +313,18 @@ class Engine:
 
         with torch.inference_mode():
             outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
-            self._prepare_ahead()
+            self._prepare_ahead(hosted.bank.transfers.still_busy())
             _wait_for(hosted.backbone.device)
             return outputs
 
-    def _prepare_ahead(self) -> None:
+    def _prepare_ahead(self, is_busy: Callable[[], bool]) -> None:
         """While the device runs a batch: bring what the next one needs. A failure is the next one's to meet."""
         if not self._prepares_ahead:
             return
         self._read_inbox()
         try:
-            self._ahead.prepare()
+            without: tuple[Stage, ...] = ("generate",) if self._texts.are_closed else ()
+            self._ahead.prepare(without, is_busy)
         except Exception as error:
             if _is_fatal(error):
                 raise

@@ -12,36 +12,54 @@ newcomers wait for company as long as it pays, in seconds that requests wait in 
 """
 
 import math
+from collections.abc import Hashable
 
 MAX_HELD_S = 0.5
 MEMORY_S = 2.0  # of arrivals
+MAX_KINDS = 64  # of which arrivals are remembered; those of which none came of late are forgotten
 FORGETTING = 0.95  # of what was learnt of the price, by each time that somebody comes in
+LEAST_SPREAD = 0.01  # of work, relative to its mean square, from which its price can be told from noise
 
 
 class Newcomers:
-    """What was learnt of arrivals and of the price. The device thread's own."""
+    """What was learnt of arrivals, by kinds that can come in together, and of the price. The device thread's own."""
 
     def __init__(self) -> None:
         self.price = Price()
-        self._num_arrived = 0.0  # of late: each counts less as time goes by
-        self._counted_at = 0.0
+        self._arrivals: dict[
+            Hashable, tuple[float, float]
+        ] = {}  # how many, each counting less as time goes by; when counted
+        self._let_in_at = -math.inf
 
-    def arrived(self, now: float) -> None:
+    def arrived(self, kind: Hashable, now: float) -> None:
         """Somebody has come who will want to be let in."""
-        self._num_arrived = 1.0 + self._late_arrivals(now)
-        self._counted_at = now
+        self._arrivals[kind] = (1.0 + self._late_arrivals(kind, now), now)
+        if len(self._arrivals) > MAX_KINDS:
+            self._arrivals = {
+                known: own for known, own in self._arrivals.items() if self._late_arrivals(known, now) > 1.0
+            }
 
-    def per_s(self, now: float) -> float:
-        """How many come a second, of late."""
-        return self._late_arrivals(now) / MEMORY_S
+    def per_s(self, kind: Hashable, now: float) -> float:
+        """How many others come a second, of late."""
+        return max(0.0, self._late_arrivals(kind, now) - 1.0) / MEMORY_S
 
-    def _late_arrivals(self, now: float) -> float:
-        return self._num_arrived * math.exp(-max(0.0, now - self._counted_at) / MEMORY_S)
+    def _late_arrivals(self, kind: Hashable, now: float) -> float:
+        num, counted_at = self._arrivals.get(kind, (0.0, now))
+        return num * math.exp(-max(0.0, now - counted_at) / MEMORY_S)
 
-    def should_wait(self, now: float, *, num_writing: int, num_waiting: int, waited_s: float) -> bool:
-        """Whether those who wait, `waited_s` in all, go on waiting while so many are being written."""
+    def let_in(self, now: float, work: float, seconds: float) -> None:
+        """Some were let in, which took so long."""
+        self.price.learn(work, seconds)
+        self._let_in_at = now
+
+    def should_wait(self, kind: Hashable, now: float, *, num_writing: int, num_waiting: int, waited_s: float) -> bool:
+        """Whether those who could come in, and have waited `waited_s` in all, go on waiting while so many are being written.
+
+        Only the time since somebody was let in last counts: before it there may have been no room for them.
+        """
         held_up_s = num_writing * self.price.fixed_s  # what all these would lose if somebody came in now
-        is_company_likely = num_waiting < self.per_s(now) * held_up_s
+        waited_s = min(waited_s, num_waiting * (now - self._let_in_at))
+        is_company_likely = num_waiting < self.per_s(kind, now) * held_up_s
         return is_company_likely and waited_s < held_up_s and waited_s < num_waiting * MAX_HELD_S
 
 
@@ -61,9 +79,9 @@ class Price:
 
     @property
     def fixed_s(self) -> float:
-        """Seconds; 0 while all that was seen was equally much work, from which nothing can be learnt."""
+        """Seconds; 0 while all that was seen was about equally much work, from which nothing can be learnt."""
         spread = self._weight * self._xx - self._x * self._x
-        if spread <= 1e-9 * self._weight * self._xx:
+        if spread <= LEAST_SPREAD * self._weight * self._xx:
             return 0.0
         slope = max(0.0, (self._weight * self._xy - self._x * self._y) / spread)
         return min(max(0.0, self._y - slope * self._x), self._y) / self._weight

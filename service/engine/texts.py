@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from service.backbone.decoding import Writing
 from service.backbones import HostedBackbone
 from service.bank import BatchLeases
-from service.engine.newcomers import Newcomers
+from service.engine.newcomers import MAX_HELD_S, Newcomers
 from service.scheduler import Scheduler
 from service.types import Batch, ContinueInput, Job
 
@@ -65,8 +65,8 @@ class WritingTurns:
     """All texts that are being written, and whose turn it is beside them. The device thread's own.
 
     A new text comes in while there is room, and when it pays (`engine/newcomers.py`). Other jobs get half of the device's time: a
-    batch of them runs, and then words are written for as long as it took. No text comes in before one that was first in the queue and found no room or no
-    slot: texts that come and go would never leave it any.
+    batch of them runs, and then words are written for as long as it took. No text comes in before one that was first in the
+    queue and found no room or no slot: texts that come and go would never leave it any.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -75,7 +75,9 @@ class WritingTurns:
         self._first: Job | None = None  # it waits for room or a slot that texts have
         self._new_rows = self._new_tokens = 0  # of texts that the batch being formed would begin
         self._newcomers = Newcomers()
-        self._should_wait = False  # who would come in, for others to come in with them
+        self._wait: dict[
+            tuple[str, tuple[int, ...]], bool
+        ] = {}  # who would come in, by kind, for others to come with them
         self._writing_due_s = 0.0  # device time that others had since, and that writing is to have
 
     def __iter__(self) -> Iterator[Texts]:
@@ -99,23 +101,43 @@ class WritingTurns:
     def arrived(self, job: Job) -> None:
         """A job was queued."""
         if job.stage == "generate":
-            self._newcomers.arrived(job.submitted_at)
+            self._newcomers.arrived((job.backbone, job.shape), job.submitted_at)
 
     def form_batch(self, is_dead: Callable[[Job], bool]) -> None:
         """A batch is about to be formed; `is_dead` says for which jobs nobody waits any more."""
         self._new_rows = self._new_tokens = 0
-        self._should_wait = bool(self._texts) and self._is_company_worth_it()
+        self._wait = {}
         if self._first is not None and (not self._texts or is_dead(self._first)):
             self._first = None
 
-    def _is_company_worth_it(self) -> bool:
-        now, waiting = time.monotonic(), self._scheduler.waiting("generate")
-        return self._newcomers.should_wait(
-            now,
-            num_writing=sum(len(texts.jobs) for texts in self._texts),
-            num_waiting=waiting.num,
-            waited_s=waiting.seconds(now),
-        )
+    @property
+    def are_closed(self) -> bool:
+        """Whether no text would come in now."""
+        return bool(self._texts) and (self._first is not None or any(self._wait.values()))
+
+    def _should_wait(self, job: Job) -> bool:
+        """Whether a job waits for others to come in with it; not if it has little time left."""
+        now, kind = time.monotonic(), (job.backbone, job.shape)
+        if job.deadline - now < 2 * MAX_HELD_S:
+            return False
+        if kind not in self._wait:
+            waiting = self._scheduler.waiting_like(job)
+            num = min(waiting.num, self._num_places(job))
+            self._wait[kind] = self._newcomers.should_wait(
+                kind,
+                now,
+                num_writing=sum(len(texts.jobs) for texts in self._texts),
+                num_waiting=num,
+                waited_s=waiting.seconds(now) * num / max(1, waiting.num),
+            )
+        return self._wait[kind]
+
+    def _num_places(self, job: Job) -> int:
+        """How many like a job there is room for."""
+        limits, kept = self._scheduler.limits, _kept_tokens(job)
+        num_rows = limits.max_rows - sum(texts.num_rows for texts in self._texts)
+        num_tokens = limits.max_tokens - sum(texts.num_tokens for texts in self._texts)
+        return max(0, min(num_rows // job.rows, num_tokens // kept if kept else num_rows))
 
     def may_come_in(self, job: Job) -> bool:
         """Whether it is a job's turn to join the batch that is being formed."""
@@ -123,7 +145,7 @@ class WritingTurns:
             return True
         if job.stage != "generate":
             return self._writing_due_s <= 0
-        if self._should_wait:
+        if not self._new_rows and self._should_wait(job):
             return False
         if self._first is not None and job is not self._first:
             return False
@@ -153,7 +175,7 @@ class WritingTurns:
 
     def let_in(self, jobs: Sequence[Job], seconds: float) -> None:
         """These came in beside texts that were being written, which took so long."""
-        self._newcomers.price.learn(sum(job.cost for job in jobs), seconds)
+        self._newcomers.let_in(time.monotonic(), sum(job.cost for job in jobs), seconds)
 
     def others_ran(self, seconds: float) -> None:
         """A batch that wrote nothing took so long."""

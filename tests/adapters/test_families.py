@@ -428,6 +428,16 @@ def test_slots_anywhere_are_copied_side_by_side_and_those_that_lie_so_are_not() 
     assert kernels_of(replace(COPYING_KERNELS, stacked_up_to=8), views(), [2, 2, 3, 3], 5) == [("copied", 2)]
 
 
+def test_runs_of_any_length_have_plans_of_their_own() -> None:
+    """By tokens a batch's runs begin at the same row and end at another."""
+    x, kernels = torch.randn(5, 4, DIMS.width), replace(COPYING_KERNELS, stacked_up_to=0, copied_up_to=8)
+    batch, alone = GroupedAdaptation(views(), (2, 3, 2, 2, 2), kernels), adapt_rows(views(), [2])
+    for tokens in (1, 4):
+        own = batch.add(SITES[0], x[:, :tokens], torch.zeros(5, tokens, DIMS.width))
+        expected = alone.add(SITES[0], x[:1, :tokens], torch.zeros(1, tokens, DIMS.width))
+        torch.testing.assert_close(own[:1], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_cannot_be_grouped_is_copied() -> None:
     assert kernels_of(GROUPED_KERNELS, views(), [2, 2, 3], 577) == [("grouped", 2)]
     assert kernels_of(GROUPED_KERNELS, views(), [3, 2, 2], 577) == [("copied", 2)]

@@ -148,10 +148,11 @@ def test_newcomers_wait_for_company_where_to_let_them_in_is_dear(
     newcomers = scripted.engine._texts._newcomers
     for work in (1.0, 2.0):
         newcomers.price.learn(work, 5.0 + work)
-    first = scripted.engine.submit(text(9))
+    first_text = text(9)
+    first = scripted.engine.submit(first_text)
     scripted.engine.step()
     for _ in range(100):
-        newcomers.arrived(time.monotonic())
+        newcomers.arrived((first_text.backbone, first_text.shape), time.monotonic())
     later = [scripted.engine.submit(text(2)), scripted.engine.submit(text(2))]
     other = scripted.engine.submit(job())
     scripted.engine.step(), scripted.engine.step()

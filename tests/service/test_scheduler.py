@@ -68,17 +68,19 @@ def test_what_is_upcoming_is_the_next_batch_and_stays(data: st.DataObject) -> No
             scheduler.remove(data.draw(st.sampled_from(jobs)).number)
     while len(scheduler):
         for stage in ("text", "match"):
-            own = [one for lane in (scheduler._foreground, scheduler._background) for one in lane.jobs.values()]
-            came = [one.submitted_at for one in own if one.stage == stage]
-            waiting = scheduler.waiting(stage)
+            came = [one.submitted_at for one in scheduler._foreground.jobs.values() if one.stage == stage]
+            waiting = scheduler.waiting_like(job(stage=stage))
             assert waiting.num == len(came)
+            others = scheduler.upcoming(without=[stage])
+            assert all(one.stage != stage for one in others)
+            assert others or all(one.stage == stage for lane in scheduler._lanes() for one in lane.jobs.values())
             assert waiting.seconds(1e6) == pytest.approx(sum(1e6 - at for at in came))
         before = len(scheduler)
         upcoming = tuple(scheduler.upcoming())
         assert len(scheduler) == before
         batch = scheduler.next_batch(anybody)
         assert batch is not None and batch.jobs == upcoming
-    assert scheduler.upcoming() == [] and scheduler.waiting("text") == scheduler.waiting("match") == NOBODY
+    assert scheduler.upcoming() == [] and scheduler.waiting_like(job()) == NOBODY and not scheduler._foreground.waiting
 
 
 # --- what goes together --------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def test_pinned_memory_keeps_its_layout(name: str) -> None:
 def test_a_copy_into_a_place_has_arrived_for_what_follows() -> None:
     place, source = torch.zeros(64, 64, device=DEVICE), torch.randn(64, 64)
     transfers = Transfers(DEVICE)
+    transfers.follow()
     view, arrival = transfers.run(lambda: place.copy_(transfers.pinned(source), non_blocking=True))
     arrival.wait()
     assert torch.equal((view + 1).cpu(), source + 1) and view.data_ptr() == place.data_ptr()
