@@ -26,15 +26,16 @@ class Ahead:
 
     def prepare(self, without: Collection[Stage] = (), go_on: Callable[[], bool] = lambda: True) -> None:
         """Begin to bring what the jobs need that are next in the queue, some stages left out, for as long as it is to `go_on`."""
-        before, self._brought = self._brought, {}
-        for job in self._scheduler.upcoming(without):
+        upcoming = self._scheduler.upcoming(without)
+        self._brought = {job.number: self._brought[job.number] for job in upcoming if job.number in self._brought}
+        for job in upcoming:
             if not go_on():
                 return
             bank = self._backbones.named(job.backbone).bank
             bank.prefetch(job.adapter)
             tensor = _on_host(job.inputs)
-            if tensor is not None:
-                self._brought[job.number] = before.get(job.number) or bank.transfers.bring(tensor)
+            if tensor is not None and job.number not in self._brought:
+                self._brought[job.number] = bank.transfers.bring(tensor)
 
     def on_device(self, job: Job) -> Job:
         """A job of the batch that is about to run, its inputs on the device."""

@@ -26,9 +26,8 @@ class Newcomers:
 
     def __init__(self) -> None:
         self.price = Price()
-        self._arrivals: dict[
-            Hashable, tuple[float, float]
-        ] = {}  # how many, each counting less as time goes by; when counted
+        # how many, each counting less as time goes by, and when they were counted
+        self._arrivals: dict[Hashable, tuple[float, float]] = {}
         self._let_in_at = -math.inf
 
     def arrived(self, kind: Hashable, now: float) -> None:
