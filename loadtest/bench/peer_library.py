@@ -40,7 +40,7 @@ QUESTION_WORDS = 7  # between [ENC] and [SEP]
 FIRST_BERT_WORD = 1996  # "the"; below are special tokens, characters and marks
 TIE = 1e-4  # a choice by less may go either way: the sides round differently
 KINDS = ("equal", "by the stop rule", "by cut texts", "by both rules", "a tie", "unexplained")
-DIFFERENT = "different answers"
+DISTINCT = "distinct answers"
 
 
 def special_ids(config: BlipConfig) -> SpecialIds:
@@ -269,7 +269,7 @@ Words = tuple[int, ...]
 
 
 def compare_answers(library: Any, ours: Blip, questions: Questions) -> tuple[Counter[str], set[Words]]:
-    """How many answers are equal, or differ for which reason (KINDS); and the library's different answers."""
+    """How many answers are equal, or differ for which reason (KINDS); and how many of the library's are distinct."""
     end = ours.config.special_ids.sep
     theirs = [words_of(row, end) for row in library_answers(library, questions).tolist()]
     own = [words_of(text, end) for text in our_answers(ours, questions)]
@@ -313,8 +313,8 @@ def compare(bench: Bench, config: BlipConfig) -> tuple[list[Table], dict[str, An
                 found, seen = compare_answers(library, ours, batch)
                 counts += found
                 different |= seen
-            values["answers"][name] = {**{kind: counts[kind] for kind in KINDS}, DIFFERENT: len(different)}
-    answers.rows = [(kind, *(values["answers"][name][kind] for name in shapes)) for kind in (*KINDS, DIFFERENT)]
+            values["answers"][name] = {**{kind: counts[kind] for kind in KINDS}, DISTINCT: len(different)}
+    answers.rows = [(kind, *(values["answers"][name][kind] for name in shapes)) for kind in (*KINDS, DISTINCT)]
     library.to(bench.dtype)
     ours.to(bench.dtype)
     ours.pack()

@@ -6,6 +6,7 @@ when its worst kept hypothesis is at least the best running sum divided by the l
 different searches never influence each other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +18,6 @@ from torch.nn import functional
 from service.backbone.rows import told
 from service.types import GenerateOutput, Hypothesis
 
-CHUNK = 256  # words of which the best is found together
 UNSTARTED = -1e9  # running sum of the beams that start as copies of the first one
 KeepGoing = Callable[[], bool]
 
@@ -223,15 +223,17 @@ def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     `topk` promises no order among equals, and sorting all of a vocabulary takes longer than a decoding step. So the row is cut
     into chunks, and only the `count` chunks with the greatest maxima are sorted: whatever is in another has as many before it.
-    Shapes depend on nothing that is in the scores: no device is waited for.
+    Chunks are of the size at which least is sorted, maxima and chosen chunks together. Shapes depend on nothing that is in the
+    scores: no device is waited for.
     """
-    chunks = functional.pad(scores, (0, -scores.shape[1] % CHUNK), value=-torch.inf).unflatten(1, (-1, CHUNK))
+    size = max(1, round(math.sqrt(scores.shape[1] / count)))
+    chunks = functional.pad(scores, (0, -scores.shape[1] % size), value=-torch.inf).unflatten(1, (-1, size))
     _, by_maximum = chunks.amax(dim=2).sort(descending=True, stable=True)
     best = by_maximum[:, :count].sort().values  # back in the order of the row
-    own = chunks.gather(1, best[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
+    own = chunks.gather(1, best[:, :, None].expand(-1, -1, size)).flatten(1)
     values, order = own.sort(descending=True, stable=True)
     values, order = values[:, :count], order[:, :count]
-    return values, CHUNK * best.gather(1, order // CHUNK) + order % CHUNK
+    return values, size * best.gather(1, order // size) + order % size
 
 
 def _advance(

@@ -40,7 +40,7 @@ def test_every_answer_of_the_library_is_equal_or_explained(capsys: pytest.Captur
     library = run(["--compare", "library", "--checked", "4"], capsys)["library"]
     total: Counter[str] = Counter()
     for answers in library["answers"].values():
-        assert sum(answers[kind] for kind in peer_library.KINDS) == 4 * 8 and answers["different answers"] > 8
+        assert sum(answers[kind] for kind in peer_library.KINDS) == 4 * 8 and answers["distinct answers"] > 8
         total.update(answers)
     assert total["equal"] > 32 and total["unexplained"] == 0
     assert total["by the stop rule"] + total["by cut texts"] > 0, "no search here shows the rules that differ"
