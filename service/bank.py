@@ -419,9 +419,8 @@ def _copy(tensor: Tensor, place: Tensor) -> Tensor:
     """Copy a tensor into the corner of a slot that it fills, and return that corner."""
     view = place[tuple(slice(0, size) for size in tensor.shape)]
     is_by_inputs = tensor.ndim > 1 and tensor.mT.is_contiguous()
-    if (
-        is_by_inputs
-    ):  # in the order of memory: where the corner has gaps, torch would turn it on the host before it goes
+    # In the order of memory: where the corner has gaps, torch would turn it on the host before it goes.
+    if is_by_inputs:
         view.mT.copy_(tensor.mT, non_blocking=True)
     else:
         view.copy_(tensor, non_blocking=True)

@@ -7,7 +7,8 @@ newcomers wait for company as long as it pays, in seconds that requests wait in 
 - not unless others are likely to come: while the newcomers who wait are fewer than arrive in the time that a shared price saves
   (arrivals a second x price x texts being written);
 - no longer than what the price costs: once they have waited, all together, as long as their coming would hold up the others.
-  Whatever comes then, this costs at most twice what was best (dynamic acknowledgement: Dooly, Goldman and Scott, 1998);
+  Where all can share, this costs at most twice what was best, whatever comes (dynamic acknowledgement: Dooly, Goldman and
+  Scott, 1998);
 - and on average no longer than `MAX_HELD_S`.
 """
 

@@ -75,9 +75,8 @@ class WritingTurns:
         self._first: Job | None = None  # it waits for room or a slot that texts have
         self._new_rows = self._new_tokens = 0  # of texts that the batch being formed would begin
         self._newcomers = Newcomers()
-        self._wait: dict[
-            tuple[str, tuple[int, ...]], bool
-        ] = {}  # who would come in, by kind, for others to come with them
+        # which kinds wait in this round for others to come in with them
+        self._wait: dict[tuple[str, tuple[int, ...]], bool] = {}
         self._writing_due_s = 0.0  # device time that others had since, and that writing is to have
 
     def __iter__(self) -> Iterator[Texts]:
