@@ -9,7 +9,7 @@ from torch import Tensor
 from adapters.families.base import Adaptation, join_adaptations
 from adapters.training.losses import word_nll
 from service.backbone.blip import Blip, Decoder, Memory
-from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
+from service.backbone.decoding import KeepGoing, Start, Steps, Writing, pad_ids, shortlist, write_all
 from service.backbone.rows import told
 from service.types import GenerateOutput, RankOutput
 
@@ -21,7 +21,7 @@ def _decoder(model: Blip) -> Decoder:
     return model.decoder
 
 
-class BlipSteps:
+class BlipSteps(Steps):
     """Answers of a BLIP's decoder, each from [DEC] on, about what is in its row of the memory."""
 
     def __init__(
@@ -36,6 +36,16 @@ class BlipSteps:
         self._cache = self._decoder.body.new_cache(num_questions, max_length)
         start = torch.full((num_questions,), model.config.special_ids.bos, dtype=torch.long, device=model.device)
         self._logits = self.step(start)
+
+    @property
+    def device(self) -> torch.device:
+        """See Steps."""
+        return self._logits.device
+
+    @property
+    def num_rows(self) -> int:
+        """See Steps."""
+        return self._num_texts * self._rows_per_text
 
     def logits(self) -> Tensor:
         """See Steps."""

@@ -7,9 +7,10 @@ different searches never influence each other.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,28 @@ UNSTARTED = -1e9  # running sum of the beams that start as copies of the first o
 KeepGoing = Callable[[], bool]
 
 
-class Steps(Protocol):
-    """Texts that grow by a token at a time."""
+class Steps(ABC):
+    """Texts that grow by a token at a time. Those that can be taken in by others say so."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are written."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """How many rows there are."""
+
+    @abstractmethod
     def logits(self) -> Tensor:
         """Logits [R, V] of what follows each row's text."""
 
+    @abstractmethod
     def step(self, ids: Tensor) -> Tensor:
         """Append a token to every row, ids [R]; logits [R, V] of what follows."""
 
+    @abstractmethod
     def select(self, rows: Sequence[int], rows_per_text: int) -> None:
         """Keep these rows, in this order: blocks of so many rows, which are of one text each.
 
@@ -39,9 +53,20 @@ class Steps(Protocol):
 
     def can_join(self, other: Any) -> bool:
         """Whether another's rows may be taken in."""
+        return False
 
     def join(self, other: Any) -> None:
         """Take another's rows behind one's own, with as many rows a text. The other is of no use then."""
+        raise AssertionError("texts joined that cannot. This is a bug.")
+
+    def write(self, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]) -> Tensor:
+        """Go on with these rows, each with its next word; what follows best, see `best_next`.
+
+        `totals` has the running sums of each text's beams, words included.
+        """
+        if list(rows) != list(range(self.num_rows)):
+            self.select(rows, len(totals[0]))
+        return best_next(self.step(told(self.device, words)), told(self.device, totals))
 
 
 @dataclass(frozen=True)
@@ -132,23 +157,21 @@ class Writing:
         self._end = end
         self._steps = steps
         self._searches = [Search.of(start, num_beams) for start in starts]
-        self._log_probs = _log_probs(steps.logits())
         self._places: list[int] = []  # where the texts that go on stood before this round
+        logits = steps.logits()
+        self._vocabulary = logits.shape[-1]
+        self._best = best_next(logits, told(steps.device, self._totals))  # of each text
         if num_beams > 1:
             steps.select([row for row in range(len(starts)) for _ in range(num_beams)], num_beams)
-            self._log_probs = self._log_probs.repeat_interleave(num_beams, dim=0)
 
     def __len__(self) -> int:
         return len(self._searches)
 
     def choose(self) -> list[tuple[int, GenerateOutput]]:
         """Pick every text's next words. Those that ended by it, by their place before, are let go with what they found."""
-        num_beams, vocabulary = self.num_beams, self._log_probs.shape[-1]
-        totals = told(self._log_probs.device, [search.totals for search in self._searches])
-        scores = self._log_probs.unflatten(0, (-1, num_beams)) + totals.unsqueeze(-1)  # [texts, beams, V]
-        best, flat = best_of(scores.flatten(1), 2 * num_beams + 1)
-        for search, own_best, own_flat in zip(self._searches, best.tolist(), flat.tolist(), strict=True):
-            search.take(own_best, own_flat, vocabulary, self._end)
+        best, flat = self._best.tolist()
+        for search, own_best, own_flat in zip(self._searches, best, flat, strict=True):
+            search.take(own_best, [int(number) for number in own_flat], self._vocabulary, self._end)
         self._places = list(range(len(self)))
         over = [place for place, search in enumerate(self._searches) if search.state.is_over]
         return self.let_go(over)
@@ -163,13 +186,14 @@ class Writing:
 
     def step(self) -> None:
         """Write the words that were chosen."""
-        device, beams = self._log_probs.device, self.num_beams
-        placed = list(zip(self._places, self._searches, strict=True))
-        rows = [place * beams + beam for place, search in placed for _, beam, _ in search.chosen]
-        if beams > 1 or len(rows) < len(self._log_probs):
-            self._steps.select(rows, beams)
+        placed = zip(self._places, self._searches, strict=True)
+        rows = [place * self.num_beams + beam for place, search in placed for _, beam, _ in search.chosen]
         words = [text[-1] for search in self._searches for text in search.beams]
-        self._log_probs = _log_probs(self._steps.step(told(device, words)))
+        self._best = self._steps.write(rows, words, self._totals)
+
+    @property
+    def _totals(self) -> list[list[float]]:
+        return [search.totals for search in self._searches]
 
     def can_join(self, other: "Writing") -> bool:
         """Whether another's texts may be written with these."""
@@ -179,14 +203,14 @@ class Writing:
         """Take another's texts in, behind one's own. Between rounds; the other is of no use then."""
         self._steps.join(other._steps)
         self._searches += other._searches
-        self._log_probs = torch.cat([self._log_probs, other._log_probs])
+        self._best = torch.cat([self._best, other._best], dim=1)
 
     def reorder(self, places: Sequence[int]) -> None:
         """Put the texts in another order. Between rounds."""
         rows = [place * self.num_beams + beam for place in places for beam in range(self.num_beams)]
         self._steps.select(rows, self.num_beams)
         self._searches = [self._searches[place] for place in places]
-        self._log_probs = self._log_probs[told(self._log_probs.device, rows)]
+        self._best = self._best[:, told(self._best.device, places)]
 
 
 def generate(
@@ -214,8 +238,15 @@ def write_all(writing: Writing, keep_going: KeepGoing = lambda: True) -> list[Ge
     return [found[number] for number in range(num_texts)]
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
+def best_next(logits: Tensor, totals: Tensor) -> Tensor:
+    """The 2 * b + 1 best continuations of T texts, [2, T, 2 * b + 1]: running sums, descending, and beam * V + word.
+
+    `logits` [T * b, V] of what follows each text's beams, or [T, V] where its beams are alike, `totals` [T, b]. Both parts are
+    numbers of 64 bits, which hold them exactly, so that one question to the device answers both.
+    """
+    log_probs = logits.float().log_softmax(-1).unflatten(0, (len(totals), -1))
+    best, flat = best_of((log_probs + totals.unsqueeze(-1)).flatten(1), 2 * totals.shape[1] + 1)
+    return torch.stack([best.double(), flat.double()])
 
 
 def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from adapters.families.base import NOTHING, Adaptation, Injection, Prompt, Schedule
 from service.backbone.config import LanguageModelConfig, OptConfig
+from service.backbone.decoding import Steps
 from service.backbone.encoders import Encoder, make_encoder
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
 from service.backbone.rows import KeysValues, join_padded, told
@@ -225,7 +226,7 @@ class LanguageModel(nn.Module):
         return layer
 
 
-class Decoding:
+class Decoding(Steps):
     """Texts that grow by a token at a time, or by a text, with what does not change kept.
 
     Where a row's extra token goes on by itself it changes with every new token, as it sees them all: from the first such
@@ -257,6 +258,16 @@ class Decoding:
         self._inputs: Tensor | None = None  # what entered the tail
         self.as_read = self._read(x)[:, -ids.shape[1] :]  # hidden states [B, L, D] of the texts given, `select` aside
         self._last = _last_of(self.as_read, self._lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """See Steps."""
+        return self._last.device
+
+    @property
+    def num_rows(self) -> int:
+        """See Steps."""
+        return len(self._last)
 
     @property
     def rereads(self) -> bool:

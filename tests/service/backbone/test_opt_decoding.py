@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.backbone.decoding import generate, pad_ids
+from service.backbone.decoding import Steps, generate, pad_ids
 from service.backbone.opt_answers import generate_texts
 from service.types import GenerateOutput
 from tests.service.backbone.opt_random import BASE, FAMILY, IDS, Mixed, config_of, dims_of, random_batch, random_model
@@ -22,7 +22,7 @@ NEAR_TIE = 1e-4
 ATOL, RTOL = 5e-5, 1e-5  # of logits up to 40
 
 
-class Whole:
+class Whole(Steps):
     """Texts that are read from their first token each time. See Steps."""
 
     def __init__(self, batch: Mixed) -> None:
@@ -30,6 +30,14 @@ class Whole:
         self.texts = [list(start.ids) for start in batch.starts]
         self.features = list(batch.features)
         self.adaptation = batch.adaptation
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.texts)
 
     def logits(self) -> Tensor:
         ids, mask = pad_ids(self.texts, IDS.pad, torch.device("cpu"))
