@@ -15,6 +15,7 @@ from adapters.package import check_backbone
 from service.backbone.base import Backbone
 from service.bank import TIERS, AdapterBank
 from service.metrics import Metrics
+from service.recordings import Recordings
 
 DEFAULT = ""  # the name under which the default is known too
 
@@ -26,6 +27,7 @@ class HostedBackbone:
     name: str
     backbone: Backbone
     bank: AdapterBank
+    recordings: Recordings | None = None  # of its words; None: they are launched operation by operation
 
     def dims(self) -> BackboneDims:
         """What adapters must fit. Raises: MissingPart for a backbone that takes none."""
@@ -43,9 +45,11 @@ class Backbones:
             metrics.resident_bytes.labels(tier).set_function(partial(self._num_resident_bytes, tier))
 
     @classmethod
-    def of_one(cls, backbone: Backbone, bank: AdapterBank, metrics: Metrics) -> Self:
+    def of_one(
+        cls, backbone: Backbone, bank: AdapterBank, metrics: Metrics, recordings: Recordings | None = None
+    ) -> Self:
         """A single backbone, which is the default."""
-        return cls([HostedBackbone(DEFAULT, backbone, bank)], metrics)
+        return cls([HostedBackbone(DEFAULT, backbone, bank, recordings)], metrics)
 
     @property
     def default(self) -> HostedBackbone:

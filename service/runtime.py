@@ -38,6 +38,7 @@ from service.pipelines.galleries import Galleries
 from service.pipelines.retrieve import RetrievePipeline
 from service.pipelines.stage_set import StageSet
 from service.pipelines.vqa import VqaPipeline
+from service.recordings import CudaGraphs, Recordings
 from service.scheduler import BatchLimits, Scheduler
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ class Runtime:
     def _host(self, name: str, backbone: Backbone) -> HostedBackbone:
         self.metrics.backbone_loads.inc()
         backbone.pack()
-        return HostedBackbone(name, backbone, _make_bank(backbone, self.settings, self.metrics))
+        bank = _make_bank(backbone, self.settings, self.metrics)
+        return HostedBackbone(name, backbone, bank, _make_recordings(backbone.device, self.settings))
 
     async def start(self) -> None:
         """Start the device thread, the media workers and the registry's watcher. What cannot start leaves nothing behind."""
@@ -278,6 +280,13 @@ def _make_bank(backbone: Backbone, settings: Settings, metrics: Metrics) -> Adap
         host_bytes=settings.host_cache_mib * MIB,
         metrics=metrics,
     )
+
+
+def _make_recordings(device: torch.device, settings: Settings) -> Recordings | None:
+    """Where words are recorded: on devices that can launch a recording at once."""
+    if device.type != "cuda" or not settings.cuda_graph_mib:
+        return None
+    return Recordings(CudaGraphs(device), settings.cuda_graph_mib * MIB)
 
 
 def _free_bytes(device: torch.device) -> int:

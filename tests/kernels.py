@@ -25,7 +25,8 @@ WORD = 2  # tokens of a row where a word is written: a cross-attending layer rea
 
 @dataclass(frozen=True)
 class Setting:
-    """Kernels, whether the backbone's matrices are packed, and how much must be multiplied for oneDNN to do it by plain ones.
+    """Kernels, whether the backbone's matrices are packed, how much must be multiplied for oneDNN to do it by plain ones, and
+    whether words are recorded behind the first, which are slots' copies' then.
 
     `only`: what alone multiplies for the rows of a mixed batch whose slots have neighbours of their size and number of
     rows; None: whatever the sizes lead to.
@@ -34,6 +35,7 @@ class Setting:
     kernels: Kernels
     only: str | None
     packs: bool = True
+    records: bool = False
     onednn_from: int = products._ONEDNN_FROM
 
 
@@ -50,6 +52,7 @@ SETTINGS: Mapping[str, Setting] = {
     "stacked, nothing packed": Setting(
         Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), STACKED, packs=False
     ),
+    "copied, words recorded": Setting(replace(COPYING_KERNELS, stacked_up_to=0), "copied", records=True),
 }
 
 

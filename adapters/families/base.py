@@ -186,6 +186,9 @@ class Family(Protocol):
     def layer_maps(self) -> tuple[str, ...]:
         """Linear maps of a slot, one a layer: what most of the time goes into, and may be packed (`adapters.products`)."""
 
+    def site_tensors(self, role: Role) -> tuple[str, ...]:
+        """The tensors of a slot that `delta` reads at sites of that role."""
+
     def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
         """The term a slot adds at a site for its rows x [B, T, D], or None where it never adds one.
 
@@ -203,11 +206,15 @@ class Family(Protocol):
         """What enters the layers, [B, N, D], made of an encoder's states [B, L, d] of the first token, all blocks."""
 
 
-class Adaptation(Protocol):
-    """How the rows of one batch adapt the frozen forward. `None` in its place is the plain backbone."""
+class Terms(Protocol):
+    """What the rows of one batch add at the sites of the layers."""
 
     def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
         """`out` [B, T, D] and each row's term at a site for x [B, T, D], see `Family.delta`; `out` may be written to."""
+
+
+class Adaptation(Terms, Protocol):
+    """How the rows of one batch adapt the frozen forward. `None` in its place is the plain backbone."""
 
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Key and value terms [B, M, D] of a cross-attending stack, asked for once per stack; None adds nothing."""
@@ -267,6 +274,19 @@ NO_ADAPTER = SlotView(None, {})
 
 
 @dataclass(frozen=True)
+class SlotTerms:
+    """The terms of one family's slots, of which each row has its own as the slot says."""
+
+    family: Family
+    slot: Slot
+
+    def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
+        """See Terms.add. Nothing is written to: gradients may flow."""
+        term = self.family.delta(site, x, self.slot, before)
+        return out if term is None else out + term
+
+
+@dataclass(frozen=True)
 class UniformAdaptation:
     """One slot for every row, however many: training, and batches of a single adapter.
 
@@ -278,10 +298,9 @@ class UniformAdaptation:
 
     def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
         """See Adaptation.add. Nothing is written to: gradients may flow."""
-        if self.view.family is None:
-            return out
-        term = self.view.family.delta(site, x, self.view.slot, before)
-        return out if term is None else out + term
+        return (
+            out if self.view.family is None else SlotTerms(self.view.family, self.view.slot).add(site, x, out, before)
+        )
 
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """See Adaptation.memory."""
@@ -442,6 +461,12 @@ def join_adaptations(
         if isinstance(adaptation, UniformAdaptation | GroupedAdaptation):
             kernels = kernels or adaptation.kernels
     return adapt_rows(views, rows, kernels)
+
+
+def views_of_rows(adaptation: Adaptation | None, num_rows: int) -> list[SlotView]:
+    """The slot of each of so many rows."""
+    views, rows = _slots_of(adaptation, num_rows)
+    return [views[slot] for slot in rows]
 
 
 def _slots_of(adaptation: Adaptation | None, num_rows: int) -> tuple[Sequence[SlotView], Sequence[int]]:

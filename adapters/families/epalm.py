@@ -23,6 +23,7 @@ from adapters.families.base import (
     BackboneDims,
     EncoderDims,
     OptDims,
+    Role,
     Schedule,
     Site,
     SlotTensors,
@@ -197,6 +198,10 @@ class EPalm:
 
     def layer_maps(self) -> tuple[str, ...]:
         """See Family: none; connectors run once a request."""
+        return ()
+
+    def site_tensors(self, role: Role) -> tuple[str, ...]:
+        """See Family: none."""
         return ()
 
     def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:

@@ -116,6 +116,38 @@ class OneSlot:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """Slots [S, ...] of one size, one behind the other, each for as many of the rows: the first B / S have the first."""
+
+    tensors: Weights
+
+    def linear(self, x: Tensor, name: str, layer: int | None = None, activation: Activation = "none") -> Tensor:
+        """See Slot."""
+        weight, bias = (_of_layer(self.tensors[f"{name}.{kind}"], layer) for kind in ("weight", "bias"))
+        return _side_by_side(x, weight, bias, activation)
+
+    def norm(self, x: Tensor, name: str, layer: int, eps: float) -> Tensor:
+        """See Slot."""
+        gain, shift = (self._vectors(f"{name}.{kind}", layer) for kind in ("weight", "bias"))
+        normed = functional.layer_norm(x, x.shape[-1:], eps=eps)
+        return torch.addcmul(shift, self._by_slot(normed, shift), gain).view_as(x)
+
+    def scale(self, x: Tensor, name: str) -> Tensor:
+        """See Slot."""
+        factors = self._vectors(name, None)
+        return (self._by_slot(x, factors) * factors).view_as(x)
+
+    def _vectors(self, name: str, layer: int | None) -> Tensor:
+        """[S, 1, D]: a vector of each slot."""
+        return _of_layer(self.tensors[name], layer)[:, None]
+
+    @staticmethod
+    def _by_slot(x: Tensor, vectors: Tensor) -> Tensor:
+        """[S, rows, D] of rows x [B, T, D]."""
+        return x.reshape(len(vectors), -1, x.shape[-1])
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a slot is in a bank's stack: its index into tensors [num_slots, ...], of which it may use a corner only.
 
@@ -353,10 +385,14 @@ def _rows_of_table(run: Run, tokens: int, slot_height: int, inputs: int) -> tupl
 
 def _stacked(x: Tensor, run: Run, name: str, layer: int | None, activation: Activation) -> Tensor:
     """One batched product of the rows x [B, T, in] of slots that lie side by side."""
-    place, count = run.place, len(run.parts)
-    slots = slice(place.index, place.index + count)
+    place = run.place
+    slots = slice(place.index, place.index + len(run.parts))
     outputs, inputs = run.parts[0].slot.tensor(f"{name}.weight", layer).shape
     weight, bias = (_of_layer(place.stack[f"{name}.{kind}"][slots], layer) for kind in ("weight", "bias"))
-    weight, bias = weight[:, :outputs, :inputs], bias[:, None, :outputs]
-    product = torch.baddbmm(bias, x.reshape(count, -1, inputs), weight.transpose(1, 2))
-    return activate(product, activation).view(*x.shape[:-1], outputs)
+    return _side_by_side(x, weight[:, :outputs, :inputs], bias[:, :outputs], activation)
+
+
+def _side_by_side(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    """Rows x [B, T, in] times matrices [S, out, in], the first of them with the first B / S rows and so on, and bias [S, out]."""
+    product = torch.baddbmm(bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
+    return activate(product, activation).view(*x.shape[:-1], weight.shape[1])

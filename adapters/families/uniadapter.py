@@ -24,13 +24,21 @@ from torch.nn import functional
 
 from adapters.config import AdapterConfig, Architecture, Strict, describe
 from adapters.errors import BackboneMismatch, InvalidPackage
-from adapters.families.base import BackboneDims, BlipDims, Schedule, Site, SlotTensors, Stack
+from adapters.families.base import BackboneDims, BlipDims, Role, Schedule, Site, SlotTensors, Stack
 from adapters.families.slots import OneSlot, Slot
 
 SCALE = 0.1
 NORM_EPS = 1e-5
 FRAME_TEMPERATURE = 4.0
 LAYER_MAPS = ("down", "visual", "text", "cross")
+SITE_TENSORS: Mapping[Role, tuple[str, ...]] = {  # of a slot
+    "mlp": ("down.weight", "down.bias", "visual.weight", "visual.bias"),
+    "text": ("down.weight", "down.bias", "text.weight", "text.bias"),
+    "cross": (
+        *("down.weight", "down.bias", "cross.weight", "cross.bias", "text.weight", "text.bias"),
+        *("cross_norm.weight", "cross_norm.bias", "query_gate"),
+    ),
+}
 MEMORY_TERMS = ("video_key_adapter", "video_value_adapter")
 
 
@@ -203,6 +211,10 @@ class UniAdapter:
     def layer_maps(self) -> tuple[str, ...]:
         """See Family."""
         return LAYER_MAPS
+
+    def site_tensors(self, role: Role) -> tuple[str, ...]:
+        """See Family."""
+        return SITE_TENSORS[role]
 
     def delta(self, site: Site, x: Tensor, slot: Slot, before: Tensor | None = None) -> Tensor | None:
         """See Family. Where a cross site's query term is wanted too, both share one product with `down`."""

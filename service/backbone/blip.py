@@ -9,12 +9,13 @@ Shapes: B rows, F frames, P tokens of a picture (CLS first), L text tokens, M me
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.families.base import Adaptation, Site, Stack
+from adapters.families.base import Adaptation, Site, Stack, Terms
 from service.backbone.config import BlipConfig, TextConfig
 from service.backbone.linear import FrozenLinear, WordHead, pack_linears
 from service.backbone.rows import KeysValues, join_padded
@@ -162,6 +163,23 @@ class Cache:
         self.seen = self.seen[:, places]
 
 
+class WordCache(Protocol):
+    """Where a text stack keeps what it has read: a `Cache`, or one of fixed shape."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B] of each row's next token."""
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """[B, 1, 1, C] True where a row that appends so many tokens looks; None: everywhere. Asked for before they are read."""
+
+    def append(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values [2, B, H, L, d]; all so far, as far as the mask goes."""
+
+    def advance(self, tokens: int) -> None:
+        """End a step that appended so many tokens to every layer."""
+
+
 class TextLayer(nn.Module):
     """Post-norm BERT layer. With a memory it cross-attends and adds the cross site's terms; without, the text site's."""
 
@@ -178,7 +196,7 @@ class TextLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, eps=eps)
 
     def forward(
-        self, h: Tensor, mask: Tensor | None, adaptation: Adaptation | None, memory: Memory | None, cache: Cache | None
+        self, h: Tensor, mask: Tensor | None, adaptation: Terms | None, memory: Memory | None, cache: WordCache | None
     ) -> Tensor:
         q, k, v = qkv = self.attention.split(h)
         if cache is not None:
@@ -239,9 +257,9 @@ class TextStack(nn.Module):
         self,
         ids: Tensor,
         mask: Tensor | None,
-        adaptation: Adaptation | None = None,
+        adaptation: Terms | None = None,
         memory: Memory | None = None,
-        cache: Cache | None = None,
+        cache: WordCache | None = None,
     ) -> Tensor:
         """Hidden states [B, L, D] of ids [B, L]; `mask` broadcasts to [B, 1, L, K], True where a key is seen."""
         h = self.embeddings(ids, None if cache is None else cache.positions)
@@ -290,7 +308,7 @@ class Decoder(nn.Module):
         seen = causal[None, None] & mask[:, None, None, :]
         return self.logits(self.body(ids, seen, adaptation, memory))
 
-    def step(self, ids: Tensor, cache: Cache, memory: Memory, adaptation: Adaptation | None) -> Tensor:
+    def step(self, ids: Tensor, cache: WordCache, memory: Memory, adaptation: Terms | None) -> Tensor:
         """Next-word logits [B, V] after appending one token per row, ids [B], to the cache."""
         h = self.body(ids[:, None], cache.mask(1), adaptation, memory, cache)
         return self.logits(h[:, -1])

@@ -1,7 +1,7 @@
 """Answers of a BLIP's decoder: generated, or chosen among given ones. Source: UniAdapter's `models/blip_vqa.py`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,18 +22,21 @@ def _decoder(model: Blip) -> Decoder:
 
 
 class BlipSteps(Steps):
-    """Answers of a BLIP's decoder, each from [DEC] on, about what is in its row of the memory."""
+    """Answers of a BLIP's decoder, each from [DEC] on, about what is in its row of the memory.
+
+    `cache` and what adapts them have a row for each of a text's rows, `memory` and `of_text` one for each text.
+    """
 
     def __init__(
         self, model: Blip, memory: Memory, num_questions: int, adaptation: Adaptation | None, *, max_length: int
     ) -> None:
         """`memory` and `adaptation` have a row per question."""
-        self._decoder = _decoder(model)
-        self._memory = memory
-        self._of_text = adaptation
+        self.decoder = _decoder(model)
+        self.memory = memory
+        self.of_text = adaptation
         self._adaptation = adaptation
-        self._num_texts, self._rows_per_text = num_questions, 1
-        self._cache = self._decoder.body.new_cache(num_questions, max_length)
+        self.num_texts, self.rows_per_text = num_questions, 1
+        self.cache = self.decoder.body.new_cache(num_questions, max_length)
         start = torch.full((num_questions,), model.config.special_ids.bos, dtype=torch.long, device=model.device)
         self._logits = self.step(start)
 
@@ -45,7 +48,7 @@ class BlipSteps(Steps):
     @property
     def num_rows(self) -> int:
         """See Steps."""
-        return self._num_texts * self._rows_per_text
+        return self.num_texts * self.rows_per_text
 
     def logits(self) -> Tensor:
         """See Steps."""
@@ -53,7 +56,7 @@ class BlipSteps(Steps):
 
     def step(self, ids: Tensor) -> Tensor:
         """See Steps."""
-        self._logits = self._decoder.step(ids, self._cache, self._memory, self._adaptation)
+        self._logits = self.decoder.step(ids, self.cache, self.memory, self._adaptation)
         return self._logits
 
     def read_on(self, rows: Sequence[int], ids: Tensor, mask: Tensor) -> Tensor:
@@ -63,51 +66,58 @@ class BlipSteps(Steps):
         """
         index = torch.tensor(rows)
         adaptation = None if self._adaptation is None else self._adaptation.expand(index)
-        cache = self._cache.fork(index.to(ids.device), ids.shape[1])
-        return self._decoder.append(ids, mask, cache, _read_by(self._memory, rows), adaptation)
+        cache = self.cache.fork(index.to(ids.device), ids.shape[1])
+        return self.decoder.append(ids, mask, cache, _read_by(self.memory, rows), adaptation)
 
     def select(self, rows: Sequence[int], rows_per_text: int) -> None:
         """See Steps. A text's rows share its row of the memory."""
         device = self._logits.device
-        self._cache.select(told(device, rows))
-        texts = [row // self._rows_per_text for row in rows[::rows_per_text]]
-        is_same = texts == list(range(self._num_texts))
+        self.cache.select(told(device, rows))
+        texts = [row // self.rows_per_text for row in rows[::rows_per_text]]
+        is_same = texts == list(range(self.num_texts))
         if not is_same:
-            self._memory = self._memory.select(told(device, texts))
-            self._of_text = None if self._of_text is None else self._of_text.expand(torch.tensor(texts))
-        if not is_same or rows_per_text != self._rows_per_text:
-            self._num_texts, self._rows_per_text = len(texts), rows_per_text
+            self.memory = self.memory.select(told(device, texts))
+            self.of_text = None if self.of_text is None else self.of_text.expand(torch.tensor(texts))
+        if not is_same or rows_per_text != self.rows_per_text:
+            self.num_texts, self.rows_per_text = len(texts), rows_per_text
             self._adapt_rows()
 
     def _adapt_rows(self) -> None:
-        if self._of_text is not None:
-            texts = torch.arange(self._num_texts).repeat_interleave(self._rows_per_text)
-            self._adaptation = self._of_text.expand(texts)
+        if self.of_text is not None:
+            texts = torch.arange(self.num_texts).repeat_interleave(self.rows_per_text)
+            self._adaptation = self.of_text.expand(texts)
 
     def can_join(self, other: "BlipSteps") -> bool:
         """See Steps."""
-        return other._decoder is self._decoder
+        return other.decoder is self.decoder
 
     def join(self, other: "BlipSteps") -> None:
         """See Steps."""
-        self._cache.join(other._cache)
-        self._memory = self._memory.join(other._memory)
-        self._of_text = join_adaptations(self._of_text, self._num_texts, other._of_text, other._num_texts)
-        self._num_texts += other._num_texts
+        self.cache.join(other.cache)
+        self.memory = self.memory.join(other.memory)
+        self.of_text = join_adaptations(self.of_text, self.num_texts, other.of_text, other.num_texts)
+        self.num_texts += other.num_texts
         self._adapt_rows()
 
 
 def begin_answers(
-    model: Blip, memory: Memory, num_questions: int, adaptation: Adaptation | None, *, num_beams: int, max_length: int
+    model: Blip,
+    memory: Memory,
+    num_questions: int,
+    adaptation: Adaptation | None,
+    *,
+    num_beams: int,
+    max_length: int,
+    writer: Callable[[BlipSteps], Steps] = lambda steps: steps,
 ) -> Writing:
     """Answers of `num_questions` questions whose states are in `memory`; `adaptation` has one row per question.
 
-    Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
+    `writer` makes what writes them of their steps. Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
     """
     special = model.config.special_ids
     steps = BlipSteps(model, memory, num_questions, adaptation, max_length=max_length)
     starts = [Start((special.bos,), max_length)] * num_questions
-    return Writing(steps, starts, num_beams=num_beams, end=special.sep)
+    return Writing(writer(steps), starts, num_beams=num_beams, end=special.sep)
 
 
 def beam_search(

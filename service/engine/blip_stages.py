@@ -4,7 +4,7 @@ Every function gets jobs of its own stage, in any mix of adapters, and returns o
 masked everywhere, so a job's output does not depend on its neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import cast
@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters.families.uniadapter import frame_factors
 from service.backbone.blip import Blip
-from service.backbone.blip_answers import begin_answers, rank_answers
-from service.backbone.decoding import KeepGoing, Writing, pad_ids, write_all
+from service.backbone.blip_answers import BlipSteps, begin_answers, rank_answers
+from service.backbone.decoding import KeepGoing, Steps, Writing, pad_ids, write_all
 from service.bank import BatchLeases
 from service.types import (
     Batch,
@@ -135,15 +135,19 @@ def medium_of(inputs: object) -> tuple[int, ...]:
     return ()
 
 
-def begin_generate(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> Writing:
-    """Beam search; jobs share beams and length by their shape."""
+def begin_generate(
+    model: Blip, jobs: Sequence[Job], leases: BatchLeases, writer: Callable[[BlipSteps], Steps] = lambda steps: steps
+) -> Writing:
+    """Beam search; jobs share beams and length by their shape. `writer`: see `begin_answers`."""
     inputs = [cast(GenerateInput, job.inputs) for job in jobs]
     states, mask, adapters = _question_states(model, jobs, inputs, leases)
     adaptation = leases.adaptation(adapters)
     assert model.decoder is not None
     memory = model.decoder.body.remember(states, mask, adaptation)
-    first = inputs[0]
-    return begin_answers(model, memory, len(jobs), adaptation, num_beams=first.num_beams, max_length=first.max_length)
+    num_beams, max_length = inputs[0].num_beams, inputs[0].max_length
+    return begin_answers(
+        model, memory, len(jobs), adaptation, num_beams=num_beams, max_length=max_length, writer=writer
+    )
 
 
 def run_rank(model: Blip, jobs: Sequence[Job], leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:

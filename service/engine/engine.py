@@ -354,7 +354,7 @@ class Engine:
 
     def _begin_stage(self, hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
         with torch.inference_mode():
-            writing = begin_batch(hosted.backbone.model, batch, leases)
+            writing = begin_batch(hosted, batch, leases)
             _wait_for(hosted.backbone.device)
             return writing
 

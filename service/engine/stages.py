@@ -1,10 +1,13 @@
 """What the device does with a batch, whatever backbone it is for."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from service.backbone.base import Model
 from service.backbone.blip import Blip
+from service.backbone.blip_fixed import FixedSteps
 from service.backbone.decoding import KeepGoing, Writing
+from service.backbones import HostedBackbone
 from service.bank import BatchLeases
 from service.engine.blip_stages import begin_generate, run_blip
 from service.engine.opt_stages import begin_continue, run_opt
@@ -18,8 +21,12 @@ def run_batch(model: Model, batch: Batch, leases: BatchLeases, keep_going: KeepG
     return run_opt(model, batch, leases, keep_going)
 
 
-def begin_batch(model: Model, batch: Batch, leases: BatchLeases) -> Writing:
+def begin_batch(hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Writing:
     """Read what a `generate` batch's texts start from, and be ready to write. Called like `run_batch`."""
+    model, recordings = hosted.backbone.model, hosted.recordings
     if isinstance(model, Blip):
-        return begin_generate(model, batch.jobs, leases)
+        if recordings is None:
+            return begin_generate(model, batch.jobs, leases)
+        writer = partial(FixedSteps, recordings=recordings, dims=hosted.bank.dims)
+        return begin_generate(model, batch.jobs, leases, writer)
     return begin_continue(model, batch.jobs, leases)

@@ -39,6 +39,7 @@ from service.bank import AdapterBank, BatchLeases, batch_leases
 from service.engine import Engine
 from service.loader import Loader, Pin
 from service.metrics import Metrics
+from service.recordings import Recordings
 from service.scheduler import BatchLimits, Scheduler
 from service.types import (
     Batch,
@@ -61,6 +62,7 @@ from tests.devices import DEVICE
 from tests.kernels import SERVED, SETTINGS, Setting
 from tests.parity.companions import Companion, make_companions
 from tests.parity.sets import OWN, WHOLE, Case, Variant
+from tests.tape import Counted, make_recordings
 
 TIMEOUT_S = 200.0
 Row = tuple[int, ...]
@@ -248,6 +250,8 @@ class Served:
     beside: dict[str, Rows]
     records: list[BatchRecord]
     metrics: Metrics
+    recordings: Recordings | None = None
+    recorder: Counted | None = None
 
     @cached_property
     def asking(self) -> list[tuple[Rows, Companion | None]]:
@@ -330,7 +334,8 @@ async def _serve(case: Case, folder: Path, dtype: str, setting: Setting) -> Serv
             for companion in companions:
                 found = await pin(BASE_ADAPTER if companion.document is None else companion.name)
                 beside[companion.name] = Rows(found, _weighs(found))
-            served = Served(case, backbone, bank, packages, companions, rows, beside, [], metrics)
+            recordings = make_recordings(DEVICE) if setting.records else ()
+            served = Served(case, backbone, bank, packages, companions, rows, beside, [], metrics, *recordings)
             await _run_stages(served)
             return served
     finally:
@@ -393,7 +398,7 @@ class Wanted:
 async def run_together(served: Served, wanted: Sequence[Wanted]) -> None:
     """Queue all jobs, then start a device thread, and keep what came of each."""
     engine = RecordingEngine(
-        Backbones.of_one(served.backbone, served.bank, served.metrics),
+        Backbones.of_one(served.backbone, served.bank, served.metrics, served.recordings),
         Scheduler(BatchLimits(max_rows=1 << 30, max_tokens=1 << 30)),
         served.metrics,
         measured=lambda cost, seconds: None,

@@ -41,6 +41,9 @@ def test_every_claim_holds(case: Case, name: str, tmp_path: Path) -> None:
         kernel = setting.only if setting.only != "grouped" or OneSlot(own).is_aligned else STACKED
         assert watch.of(own, is_word=False) == {kernel}
         assert kernel in watch.of(own, is_word=True) or not served.rows[variant].generate
+    if setting.records:
+        assert served.recordings is not None and not served.recordings.has_failed
+        assert served.recorder is not None and bool(served.recorder.num_played) == bool(served.rows[OWN].generate)
 
 
 def test_an_epalm_meets_no_kernel() -> None:

@@ -52,6 +52,7 @@ from tests.devices import DEVICE, PRECISIONS
 from tests.kernels import SERVED, SETTINGS, Setting, settings_of, watching
 from tests.service.test_bank import slot_leases
 from tests.service.worlds import EMBED_DIM, PATCH, WIDTH, adapter_config, random_tensors, write_tiny_backbone
+from tests.tape import make_recordings
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Runner:
         if setting.packs:
             self.backbone.pack()
         self.metrics = Metrics()
+        self.recordings, self.recorder = make_recordings(DEVICE) if setting.records else (None, None)
         self.bank = self._new_bank()
         self.digests: list[str] = []
         self.media: dict[tuple[int, int], Tensor] = {}
@@ -167,7 +169,7 @@ class Runner:
     def engine(self, max_rows: int) -> Engine:
         """One that is stepped by hand."""
         return Engine(
-            Backbones.of_one(self.backbone, self.bank, self.metrics),
+            Backbones.of_one(self.backbone, self.bank, self.metrics, self.recordings),
             Scheduler(BatchLimits(max_rows=max_rows, max_tokens=1 << 30)),
             self.metrics,
             measured=lambda cost, seconds: None,
@@ -406,6 +408,9 @@ def test_texts_that_come_in_at_any_word_are_written_as_alone(runner: Runner) -> 
             if number not in given_up:
                 check(ask, result.result())
         assert not engine._texts and not slot_leases(runner.bank)
+    if runner.recordings is not None and runner.recorder is not None:
+        assert runner.recorder.num_played > runner.recorder.num_recorded > 1
+        assert not runner.recordings.has_failed
 
 
 def test_an_answer_does_depend_on_its_adapter(runner: Runner) -> None:

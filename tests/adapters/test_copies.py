@@ -1,0 +1,97 @@
+"""Copies of slots add what the slots add, whoever was in their places before."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.families import FAMILIES
+from adapters.families.base import SlotView, UniformAdaptation
+from adapters.families.copies import Copies, rank_for
+from adapters.families.slots import OneSlot
+from tests.adapters.test_families import DIMS, NUM_VIEWS, SITES, UNI, config_of, folded, heads, views
+
+CPU = torch.device("cpu")
+NUM = 4
+
+
+def copies_of(role: str, num: int = NUM) -> Copies:
+    return Copies(UNI, DIMS, role, 16, num, torch.empty(0), CPU)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batches=st.lists(st.lists(st.integers(0, NUM_VIEWS - 1), min_size=1, max_size=NUM), min_size=1, max_size=4),
+    rows=st.integers(1, 3),
+    tokens=st.sampled_from([1, 4]),
+)
+def test_copies_add_what_their_slots_add(batches: list[list[int]], rows: int, tokens: int) -> None:
+    slots = views()
+    of_role = {role: copies_of(role) for role in ("mlp", "text", "cross")}
+    for batch in batches:
+        own = [slots[slot] for slot in batch]
+        x, before, out = torch.randn(3, NUM * rows, tokens, DIMS.width)
+        for site in SITES:
+            of_role[site.role].load(own)
+            earlier = before if site.role == "cross" else None
+            got = of_role[site.role].terms.add(site, x, out, earlier)
+            for place, view in enumerate(own):
+                part = slice(place * rows, (place + 1) * rows)
+                alone = UniformAdaptation(view)
+                wanted = alone.add(site, x[part], out[part], None if earlier is None else earlier[part])
+                torch.testing.assert_close(got[part], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_one_copy_serves_any_number_of_rows() -> None:
+    view, site = views()[2], SITES[2]
+    copies = copies_of(site.role, 1)
+    copies.load([view])
+    for rows in (1, 5):
+        x, before, out = torch.randn(3, rows, 2, DIMS.width)
+        wanted = UniformAdaptation(view).add(site, x, out, before)
+        torch.testing.assert_close(copies.terms.add(site, x, out, before), wanted)
+
+
+def test_slots_that_are_there_are_not_copied_again() -> None:
+    view, site = views()[0], SITES[2]
+    copies, (x, out) = copies_of(site.role, 1), torch.randn(2, 3, 1, DIMS.width)
+    copies.load([view])
+    first = copies.terms.add(site, x, out)
+    for tensor in view.tensors.values():
+        tensor.zero_()
+    copies.load([view])
+    assert torch.equal(copies.terms.add(site, x, out), first)
+
+
+def test_each_role_copies_what_its_sites_read_and_nothing_else() -> None:
+    slot = {**heads(0), **folded(config_of(rank=3, kv_rank=2), 0)}
+    for role in {site.role for site in SITES}:
+        noting = Noting(slot)
+        x, before = torch.randn(2, 2, 1, DIMS.width)
+        for site in SITES:
+            if site.role == role:
+                UNI.delta(site, x, OneSlot(noting), before if role == "cross" else None)
+        assert noting.read == set(UNI.site_tensors(role))
+
+
+class Noting(dict[str, torch.Tensor]):
+    """Tensors by name, and which were asked for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def test_families_without_sites_have_nothing_to_copy() -> None:
+    assert all(FAMILIES["epalm"].site_tensors(role) == () for role in ("mlp", "text", "cross"))
+
+
+def test_ranks_are_rounded_up_so_that_few_sizes_are_recorded() -> None:
+    slots = views()
+    assert rank_for(UNI, DIMS, "cross", slots) == 16
+    wide = SlotView(UNI, folded(config_of(rank=17), 0))
+    assert rank_for(UNI, DIMS, "cross", [*slots, wide]) == 32
+    assert rank_for(UNI, DIMS, "cross", [SlotView(None, heads(0))]) == 16
