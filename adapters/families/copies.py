@@ -32,9 +32,9 @@ class Copies:
         self.terms = SlotTerms(family, one if num == 1 else SideBySide(self._tensors))
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all places."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+    def tensors(self) -> Sequence[Tensor]:
+        """Where they are."""
+        return tuple(self._tensors.values())
 
     def load(self, views: Sequence[SlotView]) -> None:
         """Copy slots to the first places; those that are there already stay. What other places hold is of no meaning."""

@@ -1,10 +1,4 @@
-"""Words of a BLIP's answers, recorded: caches of fixed shape, at fixed places, and what writes a word in them.
-
-A word of every text is one recording: each row goes on from the row its beam chose, the decoder reads one word, and the best
-that follow are found. Texts that come in, and those that leave when half of the places are empty, change places through the
-caches that fit them exactly (`blip_answers`), whose rules hold here too; who leaves otherwise just leaves a place that nobody
-reads. Numbers are the same up to rounding.
-"""
+"""Words of a BLIP's answers, recorded: see `fixed`. Slots are copied to where the recording reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +13,11 @@ from adapters.families.base import BackboneDims, Family, SlotView, views_of_rows
 from adapters.families.copies import Copies, rank_for
 from service.backbone.blip import Cache, Decoder, Memory
 from service.backbone.blip_answers import BlipSteps
-from service.backbone.decoding import Steps, best_next
-from service.backbone.rows import KeysValues, told
-from service.recordings import Recording, Recordings
+from service.backbone.fixed import FixedSteps, FixedTexts, Plan, rounded_up
+from service.backbone.rows import KeysValues
+from service.recordings import Recordings
 
-WORDS, STATES = 16, 16  # places for words come in multiples of so many, places for states of a question too
+WORDS, STATES = 16, 16  # places for words, and for states of a question, come in multiples of so many
 
 
 class Shape(NamedTuple):
@@ -59,21 +53,15 @@ class FixedCache:
 
     def append(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """See Cache."""
-        own = self.kept.tensor[layer].index_copy_(3, self.length, new)
-        keys, values = own
-        return keys, values
+        return self.kept.write_at(layer, self.length, new)
 
     def advance(self, tokens: int) -> None:
         """See Cache."""
         self.length.add_(tokens)
 
 
-class FixedAnswers:
-    """The memory of texts that are written together, and the work of writing a word of each.
-
-    told  [3, T * b] which row each row goes on from, its next word, and its running sum with it
-    best  [2, T, 2 * b + 1] see `best_next`
-    """
+class FixedAnswers(FixedTexts):
+    """Answers of a BLIP's decoder."""
 
     def __init__(
         self,
@@ -86,12 +74,10 @@ class FixedAnswers:
         """Without a family no slot adds anything. `device` None: the decoder's."""
         config, weight = decoder.body.config, decoder.bias
         device = device or weight.device
+        super().__init__(shape.num_texts, shape.num_beams, device)
         like = torch.empty(0, config.width, dtype=weight.dtype, device=device)
         num_rows = shape.num_texts * shape.num_beams
         self._decoder = decoder
-        self._shape = shape
-        self.told = torch.zeros(3, num_rows, dtype=torch.float64, device=device)
-        self.best = torch.zeros(2, shape.num_texts, 2 * shape.num_beams + 1, dtype=torch.float64, device=device)
         kept = KeysValues.empty(config.layers, num_rows, config.heads, shape.num_words, like)
         seen = torch.zeros(num_rows, shape.num_words, dtype=torch.bool, device=device)
         length = torch.zeros(1, dtype=torch.long, device=device)
@@ -105,34 +91,26 @@ class FixedAnswers:
             self._copies = Copies(family, dims, "cross", shape.rank, shape.num_slots, like, device)
 
     @property
-    def num_bytes(self) -> int:
-        """See Fixed."""
-        tensors = (self.told, self.best, self._states.tensor, self._states_mask, *self.changing)
-        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return own + (0 if self._copies is None else self._copies.num_bytes)
-
-    @property
     def changing(self) -> Sequence[Tensor]:
-        """See Fixed."""
+        """See FixedTexts."""
         return self._cache.kept.tensor, self._cache.seen, self._cache.length
 
     @property
-    def result(self) -> Tensor:
-        """See Fixed: sums alone, as of words that are equally likely either may be the best."""
-        return self.best[0]
+    def lasting(self) -> Sequence[Tensor]:
+        """See FixedTexts."""
+        copies = () if self._copies is None else self._copies.tensors
+        return self._states.tensor, self._states_mask, *copies
 
-    def run(self) -> None:
-        """Write a word of every text."""
-        rows, words = self.told[0].long(), self.told[1].long()
-        if self._shape.num_beams > 1:
-            for tensor, dim in ((self._cache.kept.tensor, 2), (self._cache.seen, 0)):
-                tensor.copy_(tensor.index_select(dim, rows))
+    def write(self, rows: Tensor | None, words: Tensor) -> Tensor:
+        """See FixedTexts. What a text's rows have seen is the same, whichever goes on."""
+        if rows is not None:
+            kept = self._cache.kept.tensor
+            kept.copy_(kept.index_select(2, rows))
         terms = None if self._copies is None else self._copies.terms
-        logits = self._decoder.step(words, self._cache, self._memory, terms)
-        self.best.copy_(best_next(logits, self.told[2].float().view(-1, self._shape.num_beams)))
+        return self._decoder.step(words, self._cache, self._memory, terms)
 
     def load(self, cache: Cache, memory: Memory, views: Sequence[SlotView]) -> None:
-        """Take texts over, from the first place on: their rows, what they read, and the slots of each text.
+        """Take texts over, from the first place on: their rows, what they read, and the slots of each text, or of all.
 
         What is in no text's places is set to zero: behind a mask too, what is no number would make others none.
         """
@@ -156,139 +134,38 @@ class FixedAnswers:
         return Cache(own, seen[:num_rows, :capacity], length, is_even=False)
 
 
-class FixedSteps(Steps):
-    """Answers whose words are recordings', where there is one that fits them; otherwise they are written without."""
+class BlipFixedSteps(FixedSteps[FixedAnswers]):
+    """Answers of a BLIP whose words are recordings'."""
+
+    exact: BlipSteps
 
     def __init__(self, exact: BlipSteps, recordings: Recordings, dims: BackboneDims | None) -> None:
         """`dims`: what the backbone's adapters fit; None for one that takes none."""
-        self._exact = exact
-        self._recordings = recordings
+        super().__init__(exact, recordings)
         self._dims = dims
-        self._playing: Recording[FixedAnswers] | None = None
-        self._at: list[int] = []  # the place of each text
-        self._length = self._capacity = 0  # of what is kept: places that are filled, and places to be had
 
-    @property
-    def device(self) -> torch.device:
-        """See Steps."""
-        return self._exact.device
-
-    @property
-    def num_rows(self) -> int:
-        """See Steps."""
-        return self._exact.num_rows if self._playing is None else len(self._at) * self._exact.rows_per_text
-
-    def logits(self) -> Tensor:
-        """See Steps. Before the first word is written."""
-        return self._exact.logits()
-
-    def step(self, ids: Tensor) -> Tensor:
-        """See Steps."""
-        self._leave()
-        return self._exact.step(ids)
-
-    def select(self, rows: Sequence[int], rows_per_text: int) -> None:
-        """See Steps."""
-        self._leave()
-        self._exact.select(rows, rows_per_text)
-
-    def can_join(self, other: Steps) -> bool:
-        """See Steps."""
-        return isinstance(other, FixedSteps) and self._exact.can_join(other._exact)
-
-    def join(self, other: "FixedSteps") -> None:
-        """See Steps."""
-        self._leave()
-        other._leave()
-        self._exact.join(other._exact)
-
-    def write(self, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]) -> Tensor:
-        """See Steps."""
-        num_beams, num_texts = len(totals[0]), len(totals)
-        if self._playing is None or 2 * num_texts <= self._playing.fixed.best.shape[1]:
-            if len(rows) < self.num_rows or self._playing is not None:
-                self.select(rows, num_beams)
-                rows = range(len(rows))
-            self._enter()
-        if self._playing is None:
-            return self._exact.write(rows, words, totals)
-        fixed = self._playing.fixed
-        self._at = [self._at[row // num_beams] for row in rows[::num_beams]]
-        fixed.told.copy_(torch.tensor(self._placed(rows, words, totals), dtype=torch.float64), non_blocking=True)
-        self._playing.replay()
-        self._length += 1
-        if self._at == list(range(num_texts)):
-            return fixed.best[:, :num_texts]
-        return fixed.best.index_select(1, told(self.device, self._at))
-
-    def _placed(
-        self, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]
-    ) -> tuple[Sequence[float], ...]:
-        """What the recording is to be told, of all places: rows of no text go on from themselves."""
-        assert self._playing is not None
-        num_beams, all_rows = len(totals[0]), self._playing.fixed.told.shape[1]
-        from_row, word, total = list[float](range(all_rows)), [0.0] * all_rows, [0.0] * all_rows
-        running = chain.from_iterable(totals)
-        for number, (row, own_word, own_total) in enumerate(zip(rows, words, running, strict=True)):
-            first, beam = self._at[number // num_beams] * num_beams, number % num_beams
-            from_row[first + beam] = first + row % num_beams
-            word[first + beam], total[first + beam] = own_word, own_total
-        return from_row, word, total
-
-    def _enter(self) -> None:
-        """Take a recording that fits the texts, if there is one."""
-        if self._recordings.has_failed:
-            return
-        exact = self._exact
+    def plan(self, num_texts: int, num_beams: int) -> Plan[FixedAnswers] | None:
+        """See FixedSteps."""
+        exact, dims = self.exact, self._dims
         views = views_of_rows(exact.of_text, exact.num_texts)
-        family = next((view.family for view in views if view.family is not None), None)
-        if any(view.family not in (None, family) for view in views):
-            return
-        shared = all(view is views[0] for view in views)
-        views = views[:1] if shared else views
-        num_texts = 1 << (exact.num_texts - 1).bit_length()
-        rank = 0
-        if family is not None and self._dims is not None:
-            rank = rank_for(family, self._dims, "cross", views)
-        shape = Shape(
-            num_texts,
-            exact.rows_per_text,
-            _up(exact.cache.kept.places, WORDS),
-            _up(exact.memory.mask.shape[-1], STATES),
-            0 if family is None else 1 if shared else num_texts,
-            rank,
+        families = {view.family for view in views if view.family is not None}
+        if len(families) > 1:
+            return None
+        family = next(iter(families), None)
+        if all(view is views[0] for view in views):
+            views = views[:1]
+        rank = 0 if family is None or dims is None else rank_for(family, dims, "cross", views)
+        num_slots = 0 if family is None else 1 if len(views) == 1 else num_texts
+        num_words = rounded_up(exact.cache.kept.places, WORDS)
+        num_states = rounded_up(exact.memory.mask.shape[-1], STATES)
+        shape = Shape(num_texts, num_beams, num_words, num_states, num_slots, rank)
+        return Plan(
+            shape,
+            partial(FixedAnswers, exact.decoder, shape, family, dims),
+            lambda fixed: fixed.load(exact.cache, exact.memory, views),
         )
-        make = partial(FixedAnswers, exact.decoder, shape, family, self._dims)
-        recording = self._recordings.take(shape, make, self)
-        if recording is None:
-            return
-        recording.fixed.load(exact.cache, exact.memory, views)
-        try:
-            recording.prepare()
-        except Exception as error:
-            self._recordings.give_back(recording)
-            self._recordings.failed(error)
-            return
-        self._playing, self._at = recording, list(range(exact.num_texts))
-        self._length, self._capacity = exact.cache.length, exact.cache.kept.places
-        exact.cache = self._kept()
 
-    def _leave(self) -> None:
-        """Go on without a recording, with a copy of what the texts have kept."""
-        if self._playing is None:
-            return
-        exact, num_beams = self._exact, self._exact.rows_per_text
-        rows = [place * num_beams + beam for place in self._at for beam in range(num_beams)]
-        exact.cache = self._kept()
-        exact.select(rows, num_beams)
-        self._recordings.give_back(self._playing)
-        self._playing = None
-
-    def _kept(self) -> Cache:
-        """What all rows that were brought have kept so far, where it is."""
-        assert self._playing is not None
-        return self._playing.fixed.cache(self._exact.num_rows, self._length, self._capacity)
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    def take_back(self, fixed: FixedAnswers, num_written: int) -> None:
+        """See FixedSteps."""
+        cache = self.exact.cache
+        self.exact.cache = fixed.cache(self.exact.num_rows, cache.length + num_written, cache.kept.places)

@@ -233,6 +233,10 @@ class Decoding(Steps):
     layer on, the *tail*, it is computed anew each step. Keys and values of prompt and text are kept up to and including
     that layer, since what enters it is causal; from the layer behind it on every position may have changed, and is
     computed anew too. Without a tail every layer is kept.
+
+    kept     keys and values of the layers, as far as they are
+    columns  what the columns hold; the first `end` are in use
+    lengths  [B] tokens of each text
     """
 
     def __init__(
@@ -246,18 +250,18 @@ class Decoding(Steps):
         max_new_tokens: int,
     ) -> None:
         """Reads texts ids [B, L] with mask [B, L] (True: a token, at least one in each row), padded on the right."""
-        self._model = model
+        self.model = model
         x, columns = model.arrange(ids, mask, prompt, injection)
-        self._tail = None if columns.extra is None else columns.extra.tail
-        self._num_kept = model.config.layers if self._tail is None else self._tail + 1
-        self._columns = replace(columns, seen=functional.pad(columns.seen, (0, max_new_tokens), value=False))
-        self._end = x.shape[1]  # of the columns in use
-        self._lengths = mask.sum(dim=1)
-        places = self._columns.seen.shape[1]
-        self._kept = KeysValues.empty(self._num_kept, len(x), model.config.heads, places, x)
+        self.tail = None if columns.extra is None else columns.extra.tail
+        self._num_kept = model.config.layers if self.tail is None else self.tail + 1
+        self.columns = replace(columns, seen=functional.pad(columns.seen, (0, max_new_tokens), value=False))
+        self.end = x.shape[1]  # of the columns in use
+        self.lengths = mask.sum(dim=1)
+        places = self.columns.seen.shape[1]
+        self.kept = KeysValues.empty(self._num_kept, len(x), model.config.heads, places, x)
         self._inputs: Tensor | None = None  # what entered the tail
         self.as_read = self._read(x)[:, -ids.shape[1] :]  # hidden states [B, L, D] of the texts given, `select` aside
-        self._last = _last_of(self.as_read, self._lengths)
+        self._last = _last_of(self.as_read, self.lengths)
 
     @property
     def device(self) -> torch.device:
@@ -272,18 +276,22 @@ class Decoding(Steps):
     @property
     def rereads(self) -> bool:
         """Whether what is appended changes the hidden states of what was there."""
-        return self._tail is not None
+        return self.tail is not None
 
     def logits(self) -> Tensor:
         """Logits [B, V] of what follows the texts as they are now."""
-        return self._model.logits(self._last)
+        return self.model.logits(self._last)
 
     def step(self, ids: Tensor) -> Tensor:
         """Append a token to every row, ids [B]; logits [B, V] of what follows."""
         is_token = torch.ones_like(ids, dtype=torch.bool)[:, None]
-        is_last = self._tail == self._model.config.layers - 1
-        self._last = self._append(ids[:, None], is_token, everything=not is_last)[:, -1]
+        self._last = self._append(ids[:, None], is_token, everything=not self.keeps_all)[:, -1]
         return self.logits()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all that a token's step reads is kept: no layer is behind a tail."""
+        return self._num_kept == self.model.config.layers
 
     def append(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Append a text to every row, ids [B, L] with mask [B, L] (True: a token, at least one), padded on the right.
@@ -296,66 +304,66 @@ class Decoding(Steps):
 
     def fork(self, rows: Sequence[int], tokens: int) -> Self:
         """A decoding of these rows, each perhaps many times, with room for so many tokens; this one stays as it is."""
-        fork, end = copy(self), self._end
-        fork._kept = self._kept.fork(fork._select_columns(rows), end, tokens)
-        seen = functional.pad(fork._columns.seen[:, :end], (0, tokens))
-        fork._columns = replace(fork._columns, seen=seen)
+        fork, end = copy(self), self.end
+        fork.kept = self.kept.fork(fork._select_columns(rows), end, tokens)
+        seen = functional.pad(fork.columns.seen[:, :end], (0, tokens))
+        fork.columns = replace(fork.columns, seen=seen)
         if fork._inputs is not None:
             fork._inputs = functional.pad(fork._inputs[:, :end], (0, 0, 0, tokens))
         return fork
 
     def select(self, rows: Sequence[int], rows_per_text: int = 1) -> None:
         """Keep these rows, in this order, some perhaps more than once (beams that continue others)."""
-        self._kept = self._kept.select(self._select_columns(rows))
+        self.kept = self.kept.select(self._select_columns(rows))
 
     def _select_columns(self, rows: Sequence[int]) -> Tensor:
         """Keep these rows of all but keys and values; the rows on the device."""
         index = told(self._last.device, rows)
-        self._columns = self._columns.select(rows, index)
-        self._lengths, self._last = self._lengths[index], self._last[index]
+        self.columns = self.columns.select(rows, index)
+        self.lengths, self._last = self.lengths[index], self._last[index]
         if self._inputs is not None:
             self._inputs = self._inputs.index_select(0, index)
         return index
 
     def can_join(self, other: Self) -> bool:
         """Whether another's rows may be taken in: as much of them is kept."""
-        return other._model is self._model and other._tail == self._tail
+        return other.model is self.model and other.tail == self.tail
 
     def join(self, other: Self) -> None:
         """Take another's rows behind one's own. Columns that hold no token of any row are given up."""
         for own in (self, other):
             own._close_up()
-        end = max(self._end, other._end)
-        size = end + max(own._columns.seen.shape[1] - own._end for own in (self, other))
-        self._columns = Columns(join_padded(self._columns.seen, other._columns.seen, 1, size), self._join_extra(other))
-        self._kept = self._kept.join(other._kept, size)
+        end = max(self.end, other.end)
+        size = end + max(own.columns.seen.shape[1] - own.end for own in (self, other))
+        self.columns = Columns(join_padded(self.columns.seen, other.columns.seen, 1, size), self._join_extra(other))
+        self.kept = self.kept.join(other.kept, size)
         if self._inputs is not None and other._inputs is not None:
             self._inputs = join_padded(self._inputs, other._inputs, 1, size)
-        self._lengths, self._last = torch.cat([self._lengths, other._lengths]), torch.cat([self._last, other._last])
-        self._end = end
+        self.lengths, self._last = torch.cat([self.lengths, other.lengths]), torch.cat([self._last, other._last])
+        self.end = end
 
     def _join_extra(self, other: Self) -> ExtraToken | None:
-        pair = (self._columns.extra, other._columns.extra)
+        pair = (self.columns.extra, other.columns.extra)
         if all(extra is None for extra in pair):
             return None
-        num_layers = self._model.config.layers
+        num_layers = self.model.config.layers
         first, second = (
-            ExtraToken.absent(len(own._lengths), num_layers, own._last) if extra is None else extra
+            ExtraToken.absent(len(own.lengths), num_layers, own._last) if extra is None else extra
             for own, extra in zip((self, other), pair, strict=True)
         )
         return first.join(second)
 
     def _close_up(self) -> None:
         """Give up the columns in use that hold no token of any row."""
-        used = self._columns.seen.any(dim=0)
+        used = self.columns.seen.any(dim=0)
         used[EXTRA] = True
-        used[self._end :] = True
+        used[self.end :] = True
         if bool(used.all()):
             return
         columns = used.nonzero()[:, 0]
-        self._end -= len(used) - len(columns)
-        self._columns = replace(self._columns, seen=self._columns.seen[:, columns])
-        self._kept = self._kept.keep(columns)
+        self.end -= len(used) - len(columns)
+        self.columns = replace(self.columns, seen=self.columns.seen[:, columns])
+        self.kept = self.kept.keep(columns)
         if self._inputs is not None:
             self._inputs = self._inputs.index_select(1, columns)
 
@@ -363,14 +371,14 @@ class Decoding(Steps):
 
     def _read(self, x: Tensor) -> Tensor:
         """Run all layers once and keep what does not change; hidden states [B, K, D]."""
-        model, columns, end = self._model, self._columns, self._end
+        model, columns, end = self.model, self.columns, self.end
         room = (0, 0, 0, columns.seen.shape[1] - end)
         for index in range(model.config.layers):
             layer, x = model.layer(index), columns.enter(index, x)
             q, k, v = qkv = layer.project(x)
             if index < self._num_kept:
-                self._kept.write(index, 0, qkv[1:])
-            if index == self._tail:
+                self.kept.write(index, 0, qkv[1:])
+            if index == self.tail:
                 self._inputs = functional.pad(x, room)
             x = layer.finish(x, q, k, v, columns.mask(index, end))
         return x
@@ -379,49 +387,55 @@ class Decoding(Steps):
 
     def _append(self, ids: Tensor, mask: Tensor, *, everything: bool) -> Tensor:
         """Hidden states [B, L, D] of new tokens ids [B, L], mask [B, L]; from a tail on, if wanted, of all columns."""
-        model, new = self._model, ids.shape[1]
-        start, self._end = self._end, self._end + new
-        self._columns.seen[:, start : self._end] = mask
-        positions = self._lengths[:, None] + torch.arange(new, device=ids.device)
-        x = model.embed(ids, positions * mask)  # padding may stand where there is no position any more
-        self._lengths = self._lengths + mask.sum(dim=1)
-        tail = self._tail
+        model, new, tail = self.model, ids.shape[1], self.tail
+        x = model.embed(ids, self._extend(mask))
         for index in range(self._num_kept if tail is None else tail - 1):
             x = self._append_layer(index, x, new)
         return x if tail is None else self._append_tail(tail, x, new, everything=everything)
 
+    def _extend(self, mask: Tensor) -> Tensor:
+        """Make columns of new tokens, mask [B, L]; their positions [B, L], any where there is no token."""
+        new = mask.shape[1]
+        start, self.end = self.end, self.end + new
+        self.columns.seen[:, start : self.end] = mask
+        positions = self.lengths[:, None] + torch.arange(new, device=mask.device)
+        self.lengths = self.lengths + mask.sum(dim=1)
+        return positions * mask  # padding may stand where there is no position any more
+
     def _mask(self, index: int, size: int, new: int) -> Tensor:
         """[B, 1, size, K] of the newest columns and, if that is one more, of the extra token before them."""
-        keys = self._columns.keys_mask(index, self._end)[:, None, None]
+        keys = self.columns.keys_mask(index, self.end)[:, None, None]
         if new == 1:
             return keys
-        back = torch.ones(size, self._end, dtype=torch.bool, device=keys.device).tril(self._end - size)
+        back = torch.ones(size, self.end, dtype=torch.bool, device=keys.device).tril(self.end - size)
         back[: size - new] = True
         return back & keys
 
     def _keep(self, index: int, qkv: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, all so far, after adding those of the newest columns."""
-        return self._kept.write(index, self._end - new, qkv[1:, :, :, -new:])
+        return self.kept.write(index, self.end - new, qkv[1:, :, :, -new:])
 
     def _append_layer(self, index: int, x: Tensor, new: int) -> Tensor:
         """A layer for the newest tokens, or for these with the extra token before them, x [B, new or 1 + new, D]."""
-        layer = self._model.layer(index)
+        layer = self.model.layer(index)
         qkv = layer.project(x)
         return layer.finish(x, qkv[0], *self._keep(index, qkv, new), self._mask(index, x.shape[1], new))
 
     def _append_tail(self, tail: int, x: Tensor, new: int, *, everything: bool) -> Tensor:
         """The layer before the tail, with the extra token; the tail; and whatever is behind it."""
-        model, columns, end = self._model, self._columns, self._end
-        assert self._inputs is not None, "a tail's inputs are kept. This is a bug."
+        model, columns = self.model, self.columns
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
         x = columns.enter(tail, self._append_layer(tail - 1, x, new))
         layer = model.layer(tail)
         qkv = layer.project(x)
-        self._kept.write(tail, EXTRA, qkv[1:, :, :, :1])
+        self.kept.write(tail, EXTRA, qkv[1:, :, :, :1])
         q, (keys, values) = qkv[0], self._keep(tail, qkv, new)
-        self._inputs[:, EXTRA], self._inputs[:, end - new : end] = x[:, EXTRA], x[:, 1:]
+        if self._inputs is not None:
+            self._inputs[:, EXTRA], self._inputs[:, self.end - new : self.end] = x[:, EXTRA], x[:, 1:]
         if not everything:
             return layer.finish(x[:, 1:], q[:, :, 1:], keys, values, self._mask(tail, new, new))
+        assert self._inputs is not None, "a tail's inputs are kept where they are read. This is a bug."
+        end = self.end
         whole = self._inputs[:, :end]
         return model.run(
             layer.finish(whole, layer.project(whole)[0], keys, values, columns.mask(tail, end)), columns, tail + 1

@@ -4,14 +4,14 @@ Source: eP-ALM's `models/epalm.py` (`generate`, `rank_answer`), at batch size 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapters.families.base import Adaptation
-from service.backbone.decoding import KeepGoing, Start, Writing, pad_ids, shortlist, write_all
+from service.backbone.decoding import KeepGoing, Start, Steps, Writing, pad_ids, shortlist, write_all
 from service.backbone.opt import Decoding, Opt
 from service.types import GenerateOutput, RankOutput
 
@@ -38,8 +38,11 @@ def begin_texts(
     adaptation: Adaptation | None,
     *,
     num_beams: int,
+    writer: Callable[[Decoding], Steps] = lambda steps: steps,
 ) -> Writing:
     """What follows each start; `features` holds each row's encoder states [blocks, d], or None.
+
+    `writer` makes what writes the texts of their steps.
 
     A start that is as long as it may come to be, or longer, is followed by one token.
     """
@@ -48,7 +51,7 @@ def begin_texts(
     ids, mask = pad_ids([start.ids for start in starts], special.pad, model.device)
     most = max(start.max_length - len(start.ids) for start in starts)
     steps = model.decode(ids, mask, features, adaptation, max_new_tokens=most)
-    return Writing(steps, starts, num_beams=num_beams, end=special.eos)
+    return Writing(writer(steps), starts, num_beams=num_beams, end=special.eos)
 
 
 def rank_texts(

@@ -49,6 +49,11 @@ class KeysValues:
         keys, values = self.tensor[layer, :, :, :, :end]
         return keys, values
 
+    def write_at(self, layer: int, place: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [2, B, H, 1, d] to a place [1] that only the device knows; a layer's, of all places."""
+        keys, values = self.tensor[layer].index_copy_(3, place, new)
+        return keys, values
+
     def select(self, rows: Tensor) -> Self:
         """Those of these rows, in this order, some perhaps more than once: a copy."""
         return type(self)(self.tensor.index_select(2, rows))

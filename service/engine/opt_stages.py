@@ -1,12 +1,12 @@
 """What the device does with a batch of a language model's, with its encoders: see `blip_stages`, which it is like."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 
-from service.backbone.decoding import KeepGoing, Start, Writing, write_all
-from service.backbone.opt import Opt
+from service.backbone.decoding import KeepGoing, Start, Steps, Writing, write_all
+from service.backbone.opt import Decoding, Opt
 from service.backbone.opt_answers import begin_texts, rank_texts
 from service.bank import BatchLeases
 from service.types import Batch, ChooseInput, ContinueInput, Job, PerceiveInput, PerceiveOutput, StageOutput
@@ -32,8 +32,10 @@ def run_perceive(model: Opt, jobs: Sequence[Job]) -> list[PerceiveOutput]:
     return [PerceiveOutput(own.clone()) for own in states]
 
 
-def begin_continue(model: Opt, jobs: Sequence[Job], leases: BatchLeases) -> Writing:
-    """Beam search; jobs share beams by their shape."""
+def begin_continue(
+    model: Opt, jobs: Sequence[Job], leases: BatchLeases, writer: Callable[[Decoding], Steps] = lambda steps: steps
+) -> Writing:
+    """Beam search; jobs share beams by their shape. `writer`: see `begin_texts`."""
     inputs = [cast(ContinueInput, job.inputs) for job in jobs]
     return begin_texts(
         model,
@@ -41,6 +43,7 @@ def begin_continue(model: Opt, jobs: Sequence[Job], leases: BatchLeases) -> Writ
         [one.states for one in inputs],
         leases.adaptation([job.adapter for job in jobs]),
         num_beams=inputs[0].num_beams,
+        writer=writer,
     )
 
 

@@ -5,8 +5,9 @@ from functools import partial
 
 from service.backbone.base import Model
 from service.backbone.blip import Blip
-from service.backbone.blip_fixed import FixedSteps
+from service.backbone.blip_fixed import BlipFixedSteps
 from service.backbone.decoding import KeepGoing, Writing
+from service.backbone.opt_fixed import OptFixedSteps
 from service.backbones import HostedBackbone
 from service.bank import BatchLeases
 from service.engine.blip_stages import begin_generate, run_blip
@@ -27,6 +28,8 @@ def begin_batch(hosted: HostedBackbone, batch: Batch, leases: BatchLeases) -> Wr
     if isinstance(model, Blip):
         if recordings is None:
             return begin_generate(model, batch.jobs, leases)
-        writer = partial(FixedSteps, recordings=recordings, dims=hosted.bank.dims)
+        writer = partial(BlipFixedSteps, recordings=recordings, dims=hosted.bank.dims)
         return begin_generate(model, batch.jobs, leases, writer)
-    return begin_continue(model, batch.jobs, leases)
+    if recordings is None:
+        return begin_continue(model, batch.jobs, leases)
+    return begin_continue(model, batch.jobs, leases, partial(OptFixedSteps, recordings=recordings))

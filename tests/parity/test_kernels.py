@@ -65,6 +65,16 @@ def test_every_claim_of_epalm_holds_on_a_plain_model() -> None:
         assert any(weight.is_mkldnn for world in make_worlds(read_sets()) for weight in _matrices(world.model))
 
 
+def test_every_claim_of_epalm_holds_when_words_are_recorded() -> None:
+    (name,) = (name for name, setting in SETTINGS.items() if setting.records)
+    worlds = make_worlds(read_sets(), SETTINGS[name])
+    claims = [EPalmClaims(world, case) for world in worlds for case in world.cases]
+    found = [comparison for own in claims for name in own.case.claimed for comparison in own.of(name)]
+    assert not [str(comparison) for comparison in found if not comparison.holds]
+    assert any(world.recording is not None and world.recording[1].num_played for world in worlds)
+    assert not any(world.recording is not None and world.recording[0].has_failed for world in worlds)
+
+
 def _matrices(model: Opt) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, FrozenLinear):

@@ -7,7 +7,7 @@ a row without a medium, rows of `__base__` with and without one, and rows of an 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from adapters.training.data import TextBatch
 from adapters.training.objectives import text_losses
 from service.backbone import opt_answers
 from service.backbone.convert_opt import OptPart, assemble_opt, read_part
-from service.backbone.decoding import Start, pad_ids
+from service.backbone.decoding import Start, pad_ids, write_all
 from service.backbone.opt import Opt
+from service.backbone.opt_fixed import OptFixedSteps
 from service.bank import AdapterBank
 from service.metrics import Metrics
+from service.recordings import Recordings
 from service.types import GenerateOutput, RankOutput
 from tests.devices import DEVICE
 from tests.kernels import SERVED, SETTINGS, Setting
 from tests.parity.epalm.cases import Case, Row, Text
 from tests.parity.epalm.reference import Reference
+from tests.tape import Counted, make_recordings
 
 PARTS = dict.fromkeys(("language_model", "vit", "timesformer", "ast", "tokenizer"), "sha256:" + "0" * 64)
 MADE_UP = "made-up"
@@ -110,6 +113,11 @@ class World:
         if self.setting.packs:
             model.pack()
         return model
+
+    @cached_property
+    def recording(self) -> tuple[Recordings, Counted] | None:
+        """Where words are recorded, if they are, and who counts them."""
+        return make_recordings(DEVICE) if self.setting.records else None
 
     @cached_property
     def bank(self) -> AdapterBank:
@@ -288,9 +296,12 @@ class World:
             rows = [row for row in self._question_rows if case is None or row.adapter.name == case.name]
             starts = [Start(row.text.ids, row.adapter.case.max_length) for row in rows]
             with torch.inference_mode():
-                outputs = opt_answers.generate_texts(
-                    self.model, starts, self.given(rows), self.adaptation(rows), num_beams=num_beams
-                )
+                arguments = self.model, starts, self.given(rows), self.adaptation(rows)
+                if self.recording is None:
+                    outputs = opt_answers.generate_texts(*arguments, num_beams=num_beams)
+                else:
+                    writer = partial(OptFixedSteps, recordings=self.recording[0])
+                    outputs = write_all(opt_answers.begin_texts(*arguments, num_beams=num_beams, writer=writer))
             self._generated[key] = dict(zip(rows, outputs, strict=True))
         return self._generated[key]
 

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
 
 import pytest
 import torch
@@ -16,11 +15,12 @@ from adapters.families.uniadapter import UniAdapter
 from service.backbone.base import Backbone
 from service.backbone.blip import Blip
 from service.backbone.blip_answers import BlipSteps, begin_answers
-from service.backbone.blip_fixed import FixedSteps, Shape
-from service.backbone.decoding import Steps, Writing
+from service.backbone.blip_fixed import BlipFixedSteps, Shape
+from service.backbone.decoding import Steps, Writing, write_all
 from service.backbone.folder import load_backbone
 from service.recordings import Recordings
 from service.types import GenerateOutput
+from tests.service.backbone.churn import assert_same, write_with_comings_and_goings
 from tests.service.worlds import WIDTH, adapter_config, random_tensors, write_tiny_backbone
 from tests.tape import CannotRecord, make_recordings
 
@@ -80,59 +80,12 @@ def begin(
 
 
 def alone(backbone: Backbone, slots: Sequence[SlotView], text: Text, num_beams: int) -> GenerateOutput:
-    writing = begin(backbone.model, slots, [text], num_beams, lambda steps: steps)
-    while True:
-        if found := writing.choose():
-            return found[0][1]
-        writing.step()
-
-
-def recorded(backbone: Backbone, recordings: Recordings) -> Callable[[BlipSteps], Steps]:
-    return partial(FixedSteps, recordings=recordings, dims=backbone.dims())
-
-
-def write_together(
-    backbone: Backbone,
-    slots: Sequence[SlotView],
-    texts: Sequence[Text],
-    num_beams: int,
-    recordings: Recordings,
-    seed: int,
-) -> dict[int, GenerateOutput]:
-    """Texts come in between words, some at a time, are put in another order, and leave when they are done."""
-    choice, found = random.Random(seed), dict[int, GenerateOutput]()
-    waiting, numbers = list(enumerate(texts)), list[int]()  # who is to come, and who is here
-    writing: Writing | None = None
-    while waiting or numbers:
-        if waiting and (not numbers or choice.random() < 0.5):
-            _, as_long = next(groupby(waiting, key=lambda pair: pair[1].max_length))
-            coming = list(islice(as_long, choice.randint(1, 4)))
-            waiting = waiting[len(coming) :]
-            own = [text for _, text in coming]
-            begun = begin(backbone.model, slots, own, num_beams, recorded(backbone, recordings))
-            if writing is None or not numbers:
-                writing, numbers = begun, [number for number, _ in coming]
-            else:
-                assert writing.can_join(begun)
-                writing.join(begun)
-                numbers += [number for number, _ in coming]
-                if choice.random() < 0.5:
-                    order = choice.sample(range(len(numbers)), len(numbers))
-                    writing.reorder(order)
-                    numbers = [numbers[place] for place in order]
-        assert writing is not None
-        ended = dict(writing.choose())
-        found |= {numbers[place]: output for place, output in ended.items()}
-        numbers = [number for place, number in enumerate(numbers) if place not in ended]
-        if numbers:
-            writing.step()
+    (found,) = write_all(begin(backbone.model, slots, [text], num_beams, lambda steps: steps))
     return found
 
 
-def assert_same(found: GenerateOutput, wanted: GenerateOutput) -> None:
-    assert [one.ids for one in found.hypotheses] == [one.ids for one in wanted.hypotheses]
-    scores = [one.score for one in wanted.hypotheses]
-    assert [one.score for one in found.hypotheses] == pytest.approx(scores, abs=1e-4)
+def recorded(backbone: Backbone, recordings: Recordings) -> Callable[[BlipSteps], Steps]:
+    return partial(BlipFixedSteps, recordings=recordings, dims=backbone.dims())
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
@@ -143,23 +96,16 @@ def test_texts_are_written_as_alone_whoever_comes_and_goes(
     recordings, recorder = make_recordings()
     texts = make_texts(seed)
     with torch.inference_mode():
-        found = write_together(backbone, slots, texts, num_beams, recordings, seed)
-        for number, text in enumerate(texts):
-            assert_same(found[number], alone(backbone, slots, text, num_beams))
+        found = write_with_comings_and_goings(
+            texts,
+            lambda own: begin(backbone.model, slots, own, num_beams, recorded(backbone, recordings)),
+            lambda text: text.max_length,
+            seed,
+        )
+        for text, output in zip(texts, found, strict=True):
+            assert_same(output, alone(backbone, slots, text, num_beams))
     assert recorder.num_played > recorder.num_recorded > 1
     assert not recordings.has_failed
-
-
-def write_all_of(writing: Writing) -> list[GenerateOutput]:
-    """Texts that begin together and are left alone."""
-    numbers, found = list(range(len(writing))), dict[int, GenerateOutput]()
-    while numbers:
-        ended = dict(writing.choose())
-        found |= {numbers[place]: output for place, output in ended.items()}
-        numbers = [number for place, number in enumerate(numbers) if place not in ended]
-        if numbers:
-            writing.step()
-    return [found[number] for number in sorted(found)]
 
 
 def alike(num: int, slot: int | Sequence[int] = 2, seed: int = 0) -> list[Text]:
@@ -176,13 +122,13 @@ def test_what_is_no_number_stays_with_its_text(backbone: Backbone, slots: list[S
     everyone = [*slots, bad]
     texts = [Text(torch.full((12, WIDTH), torch.nan), 6, 6), *alike(2, [1, 3])]
     with torch.inference_mode():
-        found = write_all_of(begin(backbone.model, everyone, texts, 2, recorded(backbone, recordings)))
+        found = write_all(begin(backbone.model, everyone, texts, 2, recorded(backbone, recordings)))
         for text, output in list(zip(texts, found, strict=True))[1:]:
             assert_same(output, alone(backbone, slots, text, 2))
         (shape,) = {shape for shape in keys(recordings) if shape.num_texts == 4}
         for seed in range(3):
             later = [Text(text.states[:2], text.slot, 6) for text in alike(3, [4, 1, 2], seed)]
-            found = write_all_of(begin(backbone.model, slots, later, 2, recorded(backbone, recordings)))
+            found = write_all(begin(backbone.model, slots, later, 2, recorded(backbone, recordings)))
             for text, output in zip(later, found, strict=True):
                 assert_same(output, alone(backbone, slots, text, 2))
     assert keys(recordings).count(shape) == 1, "the places of the first texts were the later ones'"
@@ -201,14 +147,14 @@ def test_places_that_texts_left_do_not_outgrow_the_positions_there_are(
             writing.step()
         writing.join(begin(backbone.model, slots, texts[1:], 2, recorded(backbone, recordings)))
         assert writing_places(writing) > backbone.model.config.decoder.max_positions
-        for text, output in zip(texts, write_all_of(writing), strict=True):
+        for text, output in zip(texts, write_all(writing), strict=True):
             assert_same(output, alone(backbone, slots, text, 2))
 
 
 def writing_places(writing: Writing) -> int:
     """How many words there is room for."""
-    assert isinstance(writing._steps, FixedSteps)
-    return writing._steps._exact.cache.kept.places
+    assert isinstance(writing._steps, BlipFixedSteps)
+    return writing._steps.exact.cache.kept.places
 
 
 def test_a_recording_serves_whoever_comes_next(backbone: Backbone, slots: list[SlotView]) -> None:
@@ -218,7 +164,7 @@ def test_a_recording_serves_whoever_comes_next(backbone: Backbone, slots: list[S
             texts = [Text(text.states[:2], text.slot, 6) for text in alike(3, of_text, seed)]
             for text, output in zip(
                 texts,
-                write_all_of(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings))),
+                write_all(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings))),
                 strict=True,
             ):
                 assert_same(output, alone(backbone, slots, text, 2))
@@ -251,7 +197,7 @@ def test_what_cannot_be_recorded_is_written_without(
     recordings, texts = Recordings(Refusing(error), 1 << 30), alike(3, [1, 2, 3])
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
         for _ in range(2):
-            found = write_all_of(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings)))
+            found = write_all(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings)))
             for text, output in zip(texts, found, strict=True):
                 assert_same(output, alone(backbone, slots, text, 2))
     assert recordings.has_failed
@@ -262,7 +208,7 @@ def test_texts_for_which_there_is_no_room_are_written_without(backbone: Backbone
     recordings, recorder = make_recordings(max_bytes=1000)
     texts = alike(3, [1, 2, 3])
     with torch.inference_mode():
-        found = write_all_of(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings)))
+        found = write_all(begin(backbone.model, slots, texts, 2, recorded(backbone, recordings)))
         for text, output in zip(texts, found, strict=True):
             assert_same(output, alone(backbone, slots, text, 2))
     assert not recorder.num_recorded and not recordings.has_failed
