@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from loadtest.bench import decode, fairness, http, kernels, launches, peers, popularity, stages, swap
+from loadtest.bench import decode, fairness, http, kernels, launches, peers, popularity, stages, swap, words
 from loadtest.bench.record import recorded
 
 BENCHES: dict[str, Callable[[Sequence[str]], None]] = {
     "kernels": kernels.main,
     "launches": launches.main,
     "stages": stages.main,
+    "words": words.main,
     "decode": decode.main,
     "swap": swap.main,
     "popularity": popularity.main,
@@ -29,14 +30,14 @@ ALL = "all"
 
 def main() -> None:
     """Run the benchmark that is named; all of them where none is, or `all`."""
-    name, *words = sys.argv[1:] or [ALL]
+    name, *options = sys.argv[1:] or [ALL]
     if name in ("-h", "--help") or name not in (ALL, *BENCHES):
         raise SystemExit(f"{__doc__}\nNAME: {', '.join((ALL, *BENCHES))}")
     for bench in BENCHES.values() if name == ALL else [BENCHES[name]]:
         if os.environ.get("RECORD"):
-            recorded(bench, words)
+            recorded(bench, options)
         else:
-            bench(words)
+            bench(options)
 
 
 if __name__ == "__main__":

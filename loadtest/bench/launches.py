@@ -5,28 +5,31 @@
 Where launching takes longer than what is launched, as on a GPU that writes a word of a few texts, this is most of what a batch
 costs; and it can be counted on any machine, but for what an operation is made of there (an attention with a mask is one here).
 Each stage runs on the frozen backbone, with one adapter for all rows, and with a different one for each, side by side in the
-bank and scattered; by the kernels of each kind of device. Then a word of texts written by beam search, with those of a GPU.
+bank and scattered; by the kernels of each kind of device. Then a word of texts written by beam search, with those of a GPU, and
+recorded, when all of it but what is brought to it and the way back is launched at once.
 The default precision is float16, in which a CPU is told what a GPU would be.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from adapters.families.base import Adaptation, SlotView, adapt_rows
+from adapters.families.base import Adaptation, BackboneDims, SlotView, adapt_rows
 from adapters.families.slots import ANY, COPYING_KERNELS, DEFAULT_KERNELS, GROUPED_KERNELS, Kernels
 from loadtest.bench.harness import Bench, Table
-from loadtest.bench.models import BLIP_SIZES, make_blip, make_slots
+from loadtest.bench.models import BLIP_SIZES, adapter_dims, make_blip, make_slots
 from loadtest.bench.stages import STAGES, make_stage
+from loadtest.bench.words import UNBOUNDED, Writer, begin_texts, write_word
 from service.backbone.blip import Blip
-from service.backbone.blip_answers import begin_answers
-from service.backbone.decoding import Writing
+from service.backbone.blip_fixed import BlipFixedSteps
+from service.recordings import Recordings
 
 GPU = "a GPU"
 KERNELS: Mapping[str, Kernels] = {
@@ -38,7 +41,7 @@ KERNELS: Mapping[str, Kernels] = {
 MAKES_ROOM = frozenset({"empty", "new_empty", "empty_like", "empty_strided"})
 WAITS = frozenset({"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"})
 SLOTS_PER_ADAPTER = 2  # scattered adapters lie in so many slots each, all but one of them somebody else's
-NUM_BEAMS, QUESTION_LENGTH, MAX_LENGTH = 3, 16, 8
+NUM_BEAMS, MAX_LENGTH = 3, 8
 
 
 class Count(NamedTuple):
@@ -107,39 +110,52 @@ def count_forwards(model: Blip, views: Sequence[SlotView], stage_name: str, num_
     return table
 
 
-def count_words(model: Blip, views: Sequence[SlotView], num_rows: int) -> Table:
-    """A word of texts that are written together, in the middle of them."""
-    table = Table(f"a word of {num_rows} texts, {NUM_BEAMS} beams", ("", "operations", "waits"))
+class Bundles:
+    """A recorder that counts as a GPU's would: what is recorded is one launch. Here it is done again, unseen."""
+
+    def __init__(self) -> None:
+        self.size = 0  # operations of the last recording
+        self.num_played = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """See Recorder."""
+        self.size = count(run).launches
+
+        def again() -> None:
+            self.num_played += 1
+            with _disable_current_modes():
+                run()
+
+        return again
+
+
+def count_words(model: Blip, views: Sequence[SlotView], dims: BackboneDims, num_rows: int) -> Table:
+    """A word of texts that are written together, in the middle of them: launched operation by operation, and recorded."""
+    columns = ("", "operations", "waits", "recorded: operations", "waits", "in the recording")
+    table = Table(f"a word of {num_rows} texts, {NUM_BEAMS} beams", columns)
     cases: dict[str, Adaptation | None] = {"frozen": None}
     cases |= {name: adapt_rows(views, rows, KERNELS[GPU]) for name, rows in mixes(views, num_rows).items()}
     for name, adaptation in cases.items():
-        table.rows.append((name, *count_word(model, num_rows, adaptation)))
+        launched = count_word(model, num_rows, adaptation, lambda steps: steps)
+        bundles = Bundles()
+        writer = partial(BlipFixedSteps, recordings=Recordings(bundles, UNBOUNDED), dims=dims)
+        recorded = count_word(model, num_rows, adaptation, writer, bundles)
+        table.rows.append((name, *launched, *recorded, bundles.size))
     return table
 
 
-def count_word(model: Blip, num_texts: int, adaptation: Adaptation | None) -> Count:
+def count_word(
+    model: Blip, num_texts: int, adaptation: Adaptation | None, writer: Writer, bundles: Bundles | None = None
+) -> Count:
     """Choosing a word of each text and writing it, none of which ends."""
-    writing = _begin(model, num_texts, adaptation)
-
-    def word() -> int:
-        with torch.inference_mode():
-            ended = len(writing.choose())
-            writing.step()
-        return ended
-
+    writing = begin_texts(model, num_texts, adaptation, NUM_BEAMS, MAX_LENGTH, writer)
     for _ in range(2):
-        assert not word(), "a random text ended. This is a bug."
-    return count(word)
-
-
-def _begin(model: Blip, num_texts: int, adaptation: Adaptation | None) -> Writing:
-    assert model.decoder is not None
-    size = (num_texts, QUESTION_LENGTH, model.config.vision.width)
-    with torch.inference_mode():
-        states = torch.randn(size, device=model.device).to(model.dtype)
-        seen = torch.ones(size[:2], dtype=torch.bool, device=model.device)
-        memory = model.decoder.body.remember(states, seen, adaptation)
-        return begin_answers(model, memory, num_texts, adaptation, num_beams=NUM_BEAMS, max_length=MAX_LENGTH)
+        write_word(writing)
+    if bundles is None:
+        return count(lambda: write_word(writing))
+    played = bundles.num_played
+    counted = count(lambda: write_word(writing))
+    return counted._replace(launches=counted.launches + bundles.num_played - played)
 
 
 def main(words: Sequence[str]) -> None:
@@ -156,6 +172,6 @@ def main(words: Sequence[str]) -> None:
     resolution = config.vision.grid * config.vision.patch
     names = STAGES if arguments.stage == "all" else (arguments.stage,)
     tables = [count_forwards(model, views, name, num_rows, resolution) for name in names]
-    tables.append(count_words(model, views, num_rows))
+    tables.append(count_words(model, views, adapter_dims(config), num_rows))
     shown = [{"title": table.title, "columns": list(table.columns), "rows": table.rows} for table in tables]
     bench.report(tables, {"tables": shown})

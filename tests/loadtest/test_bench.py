@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest.bench import decode, kernels, launches, rates, stages
+from loadtest.bench import decode, kernels, launches, rates, stages, words
 from loadtest.bench.harness import Table, take_turns
 
 
@@ -68,6 +68,18 @@ def test_every_kernel_is_timed_and_every_mix_stands_beside_one_adapter(capsys: p
     assert all(times > 0 for row in mixes["rows"] for times in row[1:])
 
 
+def test_words_are_written_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(words, ["--rank", "4"], capsys)
+    assert result["columns"] == ["", "launched", "fixed shapes", "times"] and not result["failed"]
+    assert [row[0] for row in result["table"]][:4] == [
+        "1 texts, frozen",
+        "1 texts, 1 adapter",
+        "4 texts, frozen",
+        "4 texts, 1 adapter",
+    ]
+    assert all(min(row[1:]) > 0 for row in result["table"])
+
+
 def launches_of(table: dict[str, Any]) -> dict[str, dict[str, int]]:
     """What each row of a table launches, by its columns."""
     return {row[0]: dict(zip(table["columns"][1:], row[1:], strict=True)) for row in table["rows"]}
@@ -75,7 +87,7 @@ def launches_of(table: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 def test_what_a_batch_launches_on_a_gpu_does_not_grow_with_its_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     small, large = (run(launches, ["--batch", batch, "--rank", "4"], capsys)["tables"] for batch in ("3", "9"))
-    *forwards, words = zip(small, large, strict=True)
+    *forwards, of_words = zip(small, large, strict=True)
     for few, many in forwards:
         few, many = launches_of(few), launches_of(many)
         assert few["frozen"] == many["frozen"] and few["1 adapter"] == many["1 adapter"]
@@ -83,8 +95,13 @@ def test_what_a_batch_launches_on_a_gpu_does_not_grow_with_its_adapters(capsys: 
             assert few["scattered"][column] == many["scattered"][column] < many["scattered"]["a loop"]
             assert few["side by side"][column] == many["side by side"][column] <= many["scattered"][column]
         assert few["scattered"]["a loop"] < many["scattered"]["a loop"]
-    few, many = map(launches_of, words)
-    assert few == many and all(row["waits"] == 2 for row in few.values()), "the best words, and which beams they go on"
+    few, many = (table["rows"] for table in of_words)
+    assert few == many
+    for _, launched, waits, recorded, recorded_waits, within in few:
+        assert waits == recorded_waits == 1, "the best words, and which beams they go on"
+        assert recorded < 8 and within > 50 and launched > 50
+    frozen, same, side_by_side, scattered = (within for *_, within in few)
+    assert frozen < same <= side_by_side == scattered
 
 
 def test_what_is_looked_at_is_waited_for_and_views_are_free() -> None:
