@@ -43,6 +43,9 @@ class Backbones:
         for tier in TIERS:
             metrics.resident_adapters.labels(tier).set_function(partial(self._num_resident, tier))
             metrics.resident_bytes.labels(tier).set_function(partial(self._num_resident_bytes, tier))
+        for one in self:
+            if one.recordings is not None:
+                _tell_of(one.recordings, one.name, metrics)
 
     @classmethod
     def of_one(
@@ -126,3 +129,8 @@ class Backbones:
 
     def _num_resident_bytes(self, tier: str) -> int:
         return sum(self.residency()[tier].values())
+
+
+def _tell_of(recordings: Recordings, backbone: str, metrics: Metrics) -> None:
+    metrics.recording_bytes.labels(backbone).set_function(lambda: recordings.num_bytes)
+    metrics.recording_failed.labels(backbone).set_function(lambda: recordings.has_failed)

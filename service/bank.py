@@ -492,6 +492,15 @@ class BatchLeases:
         """Distinct adapters leased, `__base__` included."""
         return len(self._leases)
 
+    @property
+    def dims(self) -> BackboneDims | None:
+        """What the adapters of the bank fit; None for a backbone that takes none."""
+        return self._lender.dims
+
+    def views(self, digest_of_row: Sequence[str]) -> list[SlotView]:
+        """The slots of rows with these adapters."""
+        return [self._leases[digest].view for digest in digest_of_row]
+
     def adaptation(self, digest_of_row: Sequence[str]) -> Adaptation | None:
         """The adaptation of rows with these adapters; None when all are the plain backbone."""
         if set(digest_of_row) == {BASE_ADAPTER}:

@@ -120,6 +120,15 @@ class Metrics:
         self.feature_cache_bytes = Gauge(
             "bank_feature_cache_bytes", "Bytes of media's states that are kept", ["backbone"], registry=r
         )
+        self.recording_bytes = Gauge(
+            "bank_recording_bytes", "Bytes that recorded work reads and writes", ["backbone"], registry=r
+        )
+        self.recording_failed = Gauge(
+            "bank_recording_failed",
+            "Whether something could not be recorded, so that nothing is",
+            ["backbone"],
+            registry=r,
+        )
         self.backbone_loads = Counter("bank_backbone_loads_total", "Backbones loaded since start", registry=r)
         self.registry_up = Gauge("bank_registry_up", "Whether the last look at the registry went well", registry=r)
         self.replica_lag = Gauge(

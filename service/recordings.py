@@ -138,14 +138,34 @@ class Recordings:
             self._all.append((found, weakref.ref(holder)))
         return found
 
+    def run(self, key: Hashable, make: Callable[[torch.device | None], F], load: Callable[[F], None]) -> F | None:
+        """Work that is done once, behind what `load` brings to it; None where it is not recorded. See `take`.
+
+        What it found out is there until somebody takes it.
+        """
+        recording = None if self.has_failed else self.take(key, make, self)
+        if recording is None:
+            return None
+        load(recording.fixed)
+        is_ready = self.prepare(recording)
+        self.give_back(recording)
+        if not is_ready:
+            return None
+        recording.replay()
+        return recording.fixed
+
+    def prepare(self, recording: Recording[Any]) -> bool:
+        """Have a recording that was taken recorded, on what was brought to it; False when that fails: nothing is any more."""
+        try:
+            recording.prepare()
+        except Exception as error:
+            self.has_failed = True
+            log.warning("nothing is recorded from now on: %s", error)
+        return not self.has_failed
+
     def give_back(self, recording: Recording[Any]) -> None:
         """End a hold."""
         self._hold(recording, _nobody)
-
-    def failed(self, error: Exception) -> None:
-        """Something could not be recorded: nothing need be tried any more."""
-        self.has_failed = True
-        log.warning("words are written without recordings: %s", error)
 
     def _hold(self, recording: Recording[Any], holder: "Holder") -> None:
         self._all = [pair for pair in self._all if pair[0] is not recording] + [(recording, holder)]

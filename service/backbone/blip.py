@@ -366,11 +366,11 @@ class Blip(nn.Module):
         """x [B, D] through the head each row uses."""
         return self.head(head)(x) if adaptation is None else adaptation.project(head, x)
 
-    def encode_vision(self, pixels: Tensor, adaptation: Adaptation | None) -> Tensor:
+    def encode_vision(self, pixels: Tensor, adaptation: Terms | None) -> Tensor:
         """Hidden states [B, P, D] of pixels [B, 3, R, R]."""
         return self.vision(pixels.to(self.dtype), adaptation)  # type: ignore[no-any-return]
 
-    def encode_text(self, ids: Tensor, mask: Tensor, adaptation: Adaptation | None) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor, adaptation: Terms | None) -> Tensor:
         """Text-only hidden states [B, L, D] of ids [B, L], mask [B, L] (True: a token)."""
         return self._text_encoder()(ids, mask[:, None, None, :], adaptation)  # type: ignore[no-any-return]
 

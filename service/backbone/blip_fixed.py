@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.families.base import BackboneDims, Family, SlotView, views_of_rows
-from adapters.families.copies import Copies, rank_for
+from adapters.families.base import BackboneDims, SlotView, views_of_rows
+from adapters.families.copies import Slots, slots_of
 from service.backbone.blip import Cache, Decoder, Memory
 from service.backbone.blip_answers import BlipSteps
 from service.backbone.fixed import FixedSteps, FixedTexts, Plan, rounded_up
@@ -21,14 +21,13 @@ WORDS, STATES = 16, 16  # places for words, and for states of a question, come i
 
 
 class Shape(NamedTuple):
-    """What a recording is made for. `num_slots`: 0 for the frozen backbone, 1 for a slot of all rows, or one for each text."""
+    """What a recording is made for."""
 
     num_texts: int
     num_beams: int
     num_words: int
     num_states: int
-    num_slots: int
-    rank: int
+    slots: Slots
 
 
 @dataclass
@@ -63,15 +62,8 @@ class FixedCache:
 class FixedAnswers(FixedTexts):
     """Answers of a BLIP's decoder."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        shape: Shape,
-        family: Family | None,
-        dims: BackboneDims | None,
-        device: torch.device | None,
-    ) -> None:
-        """Without a family no slot adds anything. `device` None: the decoder's."""
+    def __init__(self, decoder: Decoder, shape: Shape, dims: BackboneDims | None, device: torch.device | None) -> None:
+        """`device` None: the decoder's."""
         config, weight = decoder.body.config, decoder.bias
         device = device or weight.device
         super().__init__(shape.num_texts, shape.num_beams, device)
@@ -86,9 +78,7 @@ class FixedAnswers(FixedTexts):
         self._states_mask = torch.zeros(shape.num_texts, 1, 1, shape.num_states, dtype=torch.bool, device=device)
         keys, values = (list(self._states.tensor[:, part]) for part in (0, 1))
         self._memory = Memory(keys, values, self._states_mask)
-        self._copies = None
-        if family is not None and dims is not None:
-            self._copies = Copies(family, dims, "cross", shape.rank, shape.num_slots, like, device)
+        self._copies = shape.slots.make(dims, "cross", like)
 
     @property
     def changing(self) -> Sequence[Tensor]:
@@ -147,23 +137,15 @@ class BlipFixedSteps(FixedSteps[FixedAnswers]):
     def plan(self, num_texts: int, num_beams: int) -> Plan[FixedAnswers] | None:
         """See FixedSteps."""
         exact, dims = self.exact, self._dims
-        views = views_of_rows(exact.of_text, exact.num_texts)
-        families = {view.family for view in views if view.family is not None}
-        if len(families) > 1:
+        found = slots_of(views_of_rows(exact.of_text, exact.num_texts), num_texts, dims, "cross")
+        if found is None:
             return None
-        family = next(iter(families), None)
-        if all(view is views[0] for view in views):
-            views = views[:1]
-        rank = 0 if family is None or dims is None else rank_for(family, dims, "cross", views)
-        num_slots = 0 if family is None else 1 if len(views) == 1 else num_texts
+        slots, views = found
         num_words = rounded_up(exact.cache.kept.places, WORDS)
         num_states = rounded_up(exact.memory.mask.shape[-1], STATES)
-        shape = Shape(num_texts, num_beams, num_words, num_states, num_slots, rank)
-        return Plan(
-            shape,
-            partial(FixedAnswers, exact.decoder, shape, family, dims),
-            lambda fixed: fixed.load(exact.cache, exact.memory, views),
-        )
+        shape = Shape(num_texts, num_beams, num_words, num_states, slots)
+        make = partial(FixedAnswers, exact.decoder, shape, dims)
+        return Plan(shape, make, lambda fixed: fixed.load(exact.cache, exact.memory, views))
 
     def take_back(self, fixed: FixedAnswers, num_written: int) -> None:
         """See FixedSteps."""

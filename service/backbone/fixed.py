@@ -170,11 +170,8 @@ class FixedSteps(Steps, ABC, Generic[F]):
         if plan is None or recording is None:
             return
         plan.load(recording.fixed)
-        try:
-            recording.prepare()
-        except Exception as error:
+        if not self._recordings.prepare(recording):
             self._recordings.give_back(recording)
-            self._recordings.failed(error)
             return
         self._playing, self._at, self._num_written = recording, list(range(num_texts)), 0
 

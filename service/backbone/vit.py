@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.families.base import Adaptation, Site
+from adapters.families.base import Site, Terms
 from service.backbone.config import VisionConfig
 from service.backbone.linear import FrozenLinear
 
@@ -71,7 +71,7 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, adaptation: Adaptation | None) -> Tensor:
+    def forward(self, x: Tensor, adaptation: Terms | None) -> Tensor:
         x = x + self.attn(self.norm1(x))
         out = x + self.mlp(self.norm2(x))
         return out if adaptation is None else adaptation.add(self.site, x, out)
@@ -96,7 +96,7 @@ class VisionTower(nn.Module):
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + positions
 
-    def forward(self, pixels: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, adaptation: Terms | None = None) -> Tensor:
         """Hidden states [B, P, D], after the final LayerNorm, of pixels [B, 3, R, R]."""
         x = self.embed(pixels)
         for block in self.blocks:

@@ -17,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from adapters.families.uniadapter import frame_factors
 from service.backbone.blip import Blip
 from service.backbone.blip_answers import BlipSteps, begin_answers, rank_answers
+from service.backbone.blip_small import SmallBatches
 from service.backbone.decoding import KeepGoing, Steps, Writing, pad_ids, write_all
 from service.bank import BatchLeases
+from service.recordings import Recordings
 from service.types import (
     Batch,
     GenerateInput,
@@ -34,13 +36,16 @@ from service.types import (
 )
 
 
-def run_blip(model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
-    """Run a batch's stage. Called by the device thread, without gradients."""
+def run_blip(
+    model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGoing, recordings: Recordings | None = None
+) -> Sequence[StageOutput]:
+    """Run a batch's stage, by a recording if there is one. Called by the device thread, without gradients."""
+    small = None if recordings is None else SmallBatches(model, recordings, leases.dims)
     match batch.stage:
         case "vision":
-            return run_vision(model, batch.jobs, leases)
+            return run_vision(model, batch.jobs, leases, small)
         case "text":
-            return run_text(model, batch.jobs, leases)
+            return run_text(model, batch.jobs, leases, small)
         case "match":
             return run_match(model, batch.jobs, leases)
         case "generate":
@@ -51,26 +56,44 @@ def run_blip(model: Blip, batch: Batch, leases: BatchLeases, keep_going: KeepGoi
             raise AssertionError(f"a BLIP has no stage {batch.stage}. This is a bug.")
 
 
-def run_vision(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[VisionOutput]:
+def run_vision(
+    model: Blip, jobs: Sequence[Job], leases: BatchLeases, small: SmallBatches | None = None
+) -> list[VisionOutput]:
     """Frames of all jobs as one batch; projections of each CLS where the backbone has that head."""
     inputs = [cast(VisionInput, job.inputs).pixels for job in jobs]
     adapters = [job.adapter for job, pixels in zip(jobs, inputs, strict=True) for _ in range(len(pixels))]
-    adaptation = leases.adaptation(adapters)
-    states = model.encode_vision(torch.cat(inputs).to(model.device), adaptation)  # [sum of F, P, D]
+    pixels = torch.cat(inputs).to(model.device)
+    seen = None if small is None else small.see(pixels, leases.views(adapters))
+    if seen is not None:
+        states = seen.states[: len(pixels)]
+        projected = (
+            None if seen.frames is None else seen.frames[: len(pixels)].clone()
+        )  # the next batch's are there too
+    else:
+        adaptation = leases.adaptation(adapters)
+        states = model.encode_vision(pixels, adaptation)  # [sum of F, P, D]
+        projected = None if model.vision_proj is None else model.project("vision_proj", states[:, 0], adaptation)
     sizes = [len(pixels) for pixels in inputs]
     frames: Sequence[Tensor | None] = [None] * len(jobs)
-    if model.vision_proj is not None:
-        frames = to_host(model.project("vision_proj", states[:, 0], adaptation).float()).split(sizes)
+    if projected is not None:
+        frames = to_host(projected.float()).split(sizes)
     return [VisionOutput(own.clone(), f) for own, f in zip(states.split(sizes), frames, strict=True)]
 
 
-def run_text(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[TextOutput]:
+def run_text(
+    model: Blip, jobs: Sequence[Job], leases: BatchLeases, small: SmallBatches | None = None
+) -> list[TextOutput]:
     """Unit-norm text features."""
     ids, mask = _pad(model, [cast(TextInput, job.inputs).ids for job in jobs])
-    adaptation = leases.adaptation([job.adapter for job in jobs])
-    hidden = model.encode_text(ids, mask, adaptation)
-    features = to_host(functional.normalize(model.project("text_proj", hidden[:, 0], adaptation).float(), dim=-1))
-    return [TextOutput(feature) for feature in features]
+    adapters = [job.adapter for job in jobs]
+    read = None if small is None else small.read(ids, mask, leases.views(adapters))
+    if read is not None:
+        features = read.result[: len(jobs)].clone()
+    else:
+        adaptation = leases.adaptation(adapters)
+        hidden = model.encode_text(ids, mask, adaptation)
+        features = functional.normalize(model.project("text_proj", hidden[:, 0], adaptation).float(), dim=-1)
+    return [TextOutput(feature) for feature in to_host(features)]
 
 
 def run_match(model: Blip, jobs: Sequence[Job], leases: BatchLeases) -> list[MatchOutput]:

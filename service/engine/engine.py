@@ -312,7 +312,7 @@ class Engine:
             return not all(self._is_dead(job, now) for job in batch.jobs)
 
         with torch.inference_mode():
-            outputs = list(run_batch(hosted.backbone.model, batch, leases, keep_going))
+            outputs = list(run_batch(hosted, batch, leases, keep_going))
             self._prepare_ahead(hosted.bank.transfers.still_busy())
             _wait_for(hosted.backbone.device)
             return outputs

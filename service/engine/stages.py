@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-from service.backbone.base import Model
 from service.backbone.blip import Blip
 from service.backbone.blip_fixed import BlipFixedSteps
 from service.backbone.decoding import KeepGoing, Writing
@@ -15,10 +14,13 @@ from service.engine.opt_stages import begin_continue, run_opt
 from service.types import Batch, StageOutput
 
 
-def run_batch(model: Model, batch: Batch, leases: BatchLeases, keep_going: KeepGoing) -> Sequence[StageOutput]:
-    """Run a batch's stage on the model it is for. Called by the device thread, without gradients."""
+def run_batch(
+    hosted: HostedBackbone, batch: Batch, leases: BatchLeases, keep_going: KeepGoing
+) -> Sequence[StageOutput]:
+    """Run a batch's stage on the backbone it is for. Called by the device thread, without gradients."""
+    model = hosted.backbone.model
     if isinstance(model, Blip):
-        return run_blip(model, batch, leases, keep_going)
+        return run_blip(model, batch, leases, keep_going, hosted.recordings)
     return run_opt(model, batch, leases, keep_going)
 
 

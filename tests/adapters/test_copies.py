@@ -6,16 +6,17 @@ from hypothesis import strategies as st
 
 from adapters.families import FAMILIES
 from adapters.families.base import SlotView, UniformAdaptation
-from adapters.families.copies import Copies, rank_for
+from adapters.families.copies import Copies, Slots, slots_of
 from adapters.families.slots import OneSlot
+from adapters.families.uniadapter import UniAdapter
 from tests.adapters.test_families import DIMS, NUM_VIEWS, SITES, UNI, config_of, folded, heads, views
 
-CPU = torch.device("cpu")
+HEADS = ("vision_proj", "text_proj")
 NUM = 4
 
 
 def copies_of(role: str, num: int = NUM) -> Copies:
-    return Copies(UNI, DIMS, role, 16, num, torch.empty(0), CPU)  # type: ignore[arg-type]
+    return Copies(UNI, DIMS, role, 16, num, torch.empty(0), heads=HEADS)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,8 +91,21 @@ def test_families_without_sites_have_nothing_to_copy() -> None:
 
 
 def test_ranks_are_rounded_up_so_that_few_sizes_are_recorded() -> None:
-    slots = views()
-    assert rank_for(UNI, DIMS, "cross", slots) == 16
-    wide = SlotView(UNI, folded(config_of(rank=17), 0))
-    assert rank_for(UNI, DIMS, "cross", [*slots, wide]) == 32
-    assert rank_for(UNI, DIMS, "cross", [SlotView(None, heads(0))]) == 16
+    narrow, wide, base = views()[0], SlotView(UNI, folded(config_of(rank=17), 0)), SlotView(None, heads(0))
+    assert slots_of([narrow, base], 4, DIMS, "cross") == (Slots(UNI, 4, 16), [narrow, base])
+    assert slots_of([narrow, wide, narrow], 4, DIMS, "cross") == (Slots(UNI, 4, 32), [narrow, wide, narrow])
+    assert slots_of([wide, wide], 2, DIMS, "mlp") == (Slots(UNI, 1, 32), [wide])
+    assert slots_of([base, base], 2, DIMS, "cross") == (Slots(None, 0, 0), [base])
+    assert slots_of([narrow, SlotView(UniAdapter(), {})], 2, DIMS, "cross") is None, "two families"
+    assert Slots(None, 0, 0).make(DIMS, "cross", torch.empty(0)) is None
+
+
+def test_copies_project_with_the_heads_of_their_slots() -> None:
+    slots = [view for view in views() if "text_proj.weight" in view.tensors]
+    for own in (slots[:1], slots[:NUM]):
+        copies = copies_of("text", len(own))
+        copies.load(own)
+        x = torch.randn(2 * len(own), DIMS.width)
+        for head in HEADS:
+            wanted = [UniformAdaptation(view).project(head, x[2 * n : 2 * n + 2]) for n, view in enumerate(own)]
+            torch.testing.assert_close(copies.project(head, x), torch.cat(wanted))

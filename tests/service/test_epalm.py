@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapters.errors import MissingPart, ProbeFailed
 from adapters.families.base import SlotView, UniformAdaptation
 from adapters.families.epalm import EPalm
 from adapters.package import Package, read_package, write_package
+from service import runtime
 from service.backbone.decoding import Start
 from service.backbone.opt_answers import generate_texts, rank_texts
 from service.backbone.opt_backbone import OptBackbone
@@ -28,6 +30,7 @@ from service.metrics import Metrics
 from service.pipelines.answering import UNSEEN
 from service.pipelines.features import FeatureCache, Features
 from service.pipelines.galleries import BuildOptions
+from service.recordings import Recordings
 from service.types import (
     AdapterInfo,
     CaptionQuery,
@@ -52,6 +55,7 @@ from tests.service.opt_worlds import (
     write_tiny_opt,
 )
 from tests.service.worlds import Service, World, context, picture, running
+from tests.tape import Counted, make_recordings
 
 QUESTION = "what colour is the big circle?"
 MEDIA: dict[str, MediaBytes] = {
@@ -125,6 +129,45 @@ def by_hand(both: Both, name: str) -> tuple[tuple[int, ...], list[torch.Tensor |
     start = (both.opt.config.special_ids.bos,) if task == "caption" else both.opt.question(QUESTION, token).ids
     with torch.inference_mode():
         return start, [model.perceive(encoder, values_of(kind)[None])[0]], UniformAdaptation(slot)
+
+
+def test_recorded_words_answer_mixed_traffic_as_launched_ones_do(
+    both: Both, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same requests of both backbones, many at a time, through a service that records."""
+    settings = both.service.runtime.settings
+    recorders: list[tuple[Recordings, Counted]] = []
+
+    def make(device: torch.device, _: Settings) -> Recordings:
+        recorders.append(make_recordings(device))
+        return recorders[-1][0]
+
+    monkeypatch.setattr(runtime, "_make_recordings", make)
+    names = [*ADAPTERS, "ask", "tell", "look", "see", "ask", BASE_ADAPTER]
+    decodes = [GenerateDecode(num_beams=beams) for beams in (1, 3)]
+    asked = [(name, decode) for decode in decodes for name in names]
+    with running(settings.model_copy(update={"home": copied(settings.home, tmp_path)})) as service:
+        recorded = Both(service, both.opt, both.packages)
+
+        async def together(of: Both) -> list[VqaAnswer]:
+            return await asyncio.gather(*(of.asking(name, decode) for name, decode in asked))
+
+        found, wanted = service.call(together(recorded)), both.service.call(together(both))
+        registry = service.runtime.metrics.registry
+        for hosted in service.runtime.backbones:
+            label = {"backbone": hosted.name}
+            assert (registry.get_sample_value("bank_recording_bytes", label) or 0) > 0
+            assert registry.get_sample_value("bank_recording_failed", label) == 0
+    for own, other in zip(found, wanted, strict=True):
+        assert (own.answer, own.adapter) == (other.answer, other.adapter)
+        assert own.score == pytest.approx(other.score, abs=1e-4)
+    assert len(recorders) == 2
+    assert all(recorder.num_played > recorder.num_recorded > 0 for _, recorder in recorders)
+
+
+def copied(home: Path, folder: Path) -> Path:
+    shutil.copytree(home, folder / "home")
+    return folder / "home"
 
 
 # --- answers -------------------------------------------------------------------------------------------------
