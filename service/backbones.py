@@ -27,7 +27,9 @@ class HostedBackbone:
     name: str
     backbone: Backbone
     bank: AdapterBank
-    recordings: Recordings | None = None  # of its words; None: they are launched operation by operation
+    recordings: Recordings | None = (
+        None  # of its words and small batches; None: they are launched operation by operation
+    )
 
     def dims(self) -> BackboneDims:
         """What adapters must fit. Raises: MissingPart for a backbone that takes none."""

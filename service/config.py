@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     cuda_graph_mib: int = Field(
         default=1024,
         ge=0,
-        description="Device memory, for each backbone, of recorded words (CUDA graphs): launched at once, and not operation by operation; 0 records nothing.",
+        description="Device memory, for each backbone, of recorded words and small batches (CUDA graphs), which are launched as one; 0 records nothing.",
     )
     max_batch_rows: int = Field(default=64, gt=0, description="Rows of a batch: frames, texts, pairs or beams.")
     max_batch_tokens: int = Field(default=32768, gt=0, description="Tokens of a batch's largest forward.")

@@ -6,8 +6,10 @@ meanwhile: recordings are taken and given back. On CUDA devices a recording is a
 """
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+SHARE = 0.05  # of the time, for making recordings: one takes as long as dozens of batches
+PAUSE_S = 30.0  # without new recordings when memory ran out
 AGREEMENT = 1e-2  # of a recording with what was recorded, at first: far above rounding, far below what a mistake makes
 
 
@@ -34,16 +38,31 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(
+            device
+        )  # its own: libraries keep memory for each stream, in the pool of its graphs
+        self._first: torch.cuda.CUDAGraph | None = None  # as long as one graph lives, so does the pool
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See Recorder. Other threads may use the device meanwhile."""
+        if self._first is None:
+            self._first = self._capture(lambda: torch.zeros(1, device=self._device).add_(1))
+        return self._capture(run).replay
+
+    def _capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """By hand: `torch.cuda.graph` empties torch's caches first, and leaves its stream current where capturing fails."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            run()
-        return graph.replay
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with suppress(Exception):  # of which the first was the cause
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph
 
 
 class Fixed(Protocol):
@@ -77,12 +96,17 @@ class Recording(Generic[F]):
         self._recorder = recorder
         self._again: Callable[[], None] | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be replayed."""
+        return self._again is not None
+
     def prepare(self) -> None:
         """Record the work, if it is not yet, and try it on what the memory holds, which is left as it was.
 
         Raises: RuntimeError when the recording does not do what was recorded; what the recorder raises.
         """
-        if self._again is not None:
+        if self.is_ready:
             return
         before = [tensor.clone() for tensor in self.fixed.changing]
         self.fixed.run()
@@ -108,16 +132,21 @@ class Recording(Generic[F]):
 
 
 class Recordings:
-    """The recordings of one backbone, each used by one holder at a time. The device thread's own.
+    """The recordings of one backbone, each used by one holder at a time. The device thread's own; others may read how it stands.
 
     Those nobody holds are kept for the next who needs one alike, the least recently used of them dropped when together they
-    take more than there is for them. A holder that is gone holds nothing.
+    take more than there is for them. A holder that is gone holds nothing. What goes wrong here is optional work: callers get
+    None, and do without.
     """
 
-    def __init__(self, recorder: Recorder, max_bytes: int) -> None:
+    def __init__(self, recorder: Recorder, max_bytes: int, *, share: float = SHARE) -> None:
+        """`share`: of the time, what making recordings may take; between two of them callers do without new ones."""
         self._recorder = recorder
         self._max_bytes = max_bytes
+        self._share = share
         self._all: list[tuple[Recording[Any], Holder]] = []  # least recently used first
+        self._sizes: dict[Hashable, int] = {}
+        self._paused_until = 0.0
         self.has_failed = False
 
     @property
@@ -125,47 +154,72 @@ class Recordings:
         """Bytes of the memory of all."""
         return sum(recording.fixed.num_bytes for recording, _ in self._all)
 
-    def take(self, key: Hashable, make: Callable[[torch.device | None], F], holder: object) -> Recording[F] | None:
-        """One for this key, which is `holder`'s until it is given back; None when there is no room for it.
+    @property
+    def num_held(self) -> int:
+        """How many somebody holds."""
+        return sum(held_by() is not None for _, held_by in self._all)
 
-        `make` makes its work, on the backbone's device (None), or on "meta", which tells how large it is.
+    def take(
+        self, key: Hashable, make: Callable[[torch.device | None], F], load: Callable[[F], None], holder: object
+    ) -> Recording[F] | None:
+        """One for this key, which is `holder`'s until it is given back, ready to be replayed behind what `load` brings to it.
+
+        None where there is no room or no time for it, or nothing can be recorded. `make` makes its work, on the backbone's
+        device (None), or on "meta", which tells how large it is.
         """
-        found = next((one for one, held_by in self._all if one.key == key and held_by() is None), None)
-        if found is not None:
-            self._hold(found, weakref.ref(holder))
-        elif self._make_room(make(torch.device("meta")).num_bytes):
-            found = Recording(key, make(None), self._recorder)
-            self._all.append((found, weakref.ref(holder)))
-        return found
-
-    def run(self, key: Hashable, make: Callable[[torch.device | None], F], load: Callable[[F], None]) -> F | None:
-        """Work that is done once, behind what `load` brings to it; None where it is not recorded. See `take`.
-
-        What it found out is there until somebody takes it.
-        """
-        recording = None if self.has_failed else self.take(key, make, self)
-        if recording is None:
+        if self.has_failed:
             return None
-        load(recording.fixed)
-        is_ready = self.prepare(recording)
-        self.give_back(recording)
-        if not is_ready:
-            return None
-        recording.replay()
-        return recording.fixed
-
-    def prepare(self, recording: Recording[Any]) -> bool:
-        """Have a recording that was taken recorded, on what was brought to it; False when that fails: nothing is any more."""
+        recording: Recording[F] | None = None
         try:
-            recording.prepare()
+            recording = self._find(key, make, holder)
+            if recording is not None:
+                load(recording.fixed)
+                self._prepare(recording)
+            return recording
+        except torch.OutOfMemoryError as error:  # there may be room again later
+            self._paused_until = time.monotonic() + PAUSE_S
+            log.warning("no memory to record with, for %d s without: %s", PAUSE_S, error)
         except Exception as error:
             self.has_failed = True
-            log.warning("nothing is recorded from now on: %s", error)
-        return not self.has_failed
+            log.warning("nothing more is recorded: %s", error, exc_info=error)
+        self._all = [pair for pair in self._all if pair[1]() is not None and pair[0] is not recording]
+        return None
+
+    def run(self, key: Hashable, make: Callable[[torch.device | None], F], load: Callable[[F], None]) -> F | None:
+        """Work that is done once; None where it is not recorded. See `take`. What it found is there until the next has it."""
+        recording = self.take(key, make, load, self)
+        if recording is None:
+            return None
+        self.give_back(recording)
+        recording.replay()
+        return recording.fixed
 
     def give_back(self, recording: Recording[Any]) -> None:
         """End a hold."""
         self._hold(recording, _nobody)
+
+    def _find(self, key: Hashable, make: Callable[[torch.device | None], F], holder: object) -> Recording[F] | None:
+        found = next((one for one, held_by in self._all if one.key == key and held_by() is None), None)
+        if found is not None:
+            self._hold(found, weakref.ref(holder))
+            return found
+        if time.monotonic() < self._paused_until:
+            return None
+        if key not in self._sizes:
+            self._sizes[key] = make(torch.device("meta")).num_bytes
+        if not self._make_room(self._sizes[key]):
+            return None
+        found = Recording(key, make(None), self._recorder)
+        self._all.append((found, weakref.ref(holder)))
+        return found
+
+    def _prepare(self, recording: Recording[Any]) -> None:
+        if recording.is_ready:
+            return
+        start = time.monotonic()
+        recording.prepare()
+        end = time.monotonic()
+        self._paused_until = end + (end - start) * (1 / self._share - 1)
 
     def _hold(self, recording: Recording[Any], holder: "Holder") -> None:
         self._all = [pair for pair in self._all if pair[0] is not recording] + [(recording, holder)]

@@ -283,7 +283,7 @@ def _make_bank(backbone: Backbone, settings: Settings, metrics: Metrics) -> Adap
 
 
 def _make_recordings(device: torch.device, settings: Settings) -> Recordings | None:
-    """Where words are recorded: on devices that can launch a recording at once."""
+    """Where words and small batches are recorded: on devices that can launch a recording at once."""
     if device.type != "cuda" or not settings.cuda_graph_mib:
         return None
     return Recordings(CudaGraphs(device), settings.cuda_graph_mib * MIB)

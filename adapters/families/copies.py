@@ -55,7 +55,7 @@ class Copies:
         for place, view in enumerate(views):
             if self._held[place] is view:
                 continue
-            self._held[place] = view
+            self._held[place] = None  # until it is there
             for name, tensors in self._tensors.items():
                 own, source = tensors[place], view.tensors.get(name)
                 if source is None or source.shape != own.shape:
@@ -67,6 +67,7 @@ class Copies:
             torch._foreach_zero_(stale)
         if targets:
             torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._held[: len(views)] = views
 
 
 class Slots(NamedTuple):

@@ -138,7 +138,7 @@ def count_words(model: Blip, views: Sequence[SlotView], dims: BackboneDims, num_
     for name, adaptation in cases.items():
         launched = count_word(model, num_rows, adaptation, lambda steps: steps)
         bundles = Bundles()
-        writer = partial(BlipFixedSteps, recordings=Recordings(bundles, UNBOUNDED), dims=dims)
+        writer = partial(BlipFixedSteps, recordings=Recordings(bundles, UNBOUNDED, share=1.0), dims=dims)
         recorded = count_word(model, num_rows, adaptation, writer, bundles)
         table.rows.append((name, *launched, *recorded, bundles.size))
     return table

@@ -69,7 +69,7 @@ def main(words: Sequence[str]) -> None:
     views = make_slots(config, arguments.rank, max(BATCHES), bench.device, bench.dtype)
     is_recorded = bench.device.type == "cuda"
     other = AT_ONCE if is_recorded else FIXED
-    recordings = Recordings(CudaGraphs(bench.device) if is_recorded else Repeater(), UNBOUNDED)
+    recordings = Recordings(CudaGraphs(bench.device) if is_recorded else Repeater(), UNBOUNDED, share=1.0)
     recorded: Writer = partial(BlipFixedSteps, recordings=recordings, dims=adapter_dims(config))
     max_length = CALLS * (arguments.repeats + 1) + 2
     table = Table("a word of texts, ms", ("", LAUNCHED, other, "times"))

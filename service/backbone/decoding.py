@@ -62,7 +62,7 @@ class Steps(ABC):
     def write(self, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]) -> Tensor:
         """Go on with these rows, each with its next word; what follows best, see `best_next`.
 
-        `totals` has the running sums of each text's beams, words included.
+        `totals` has the running sums of each text's beams, words included. What is returned is there until the next call.
         """
         if list(rows) != list(range(self.num_rows)):
             self.select(rows, len(totals[0]))

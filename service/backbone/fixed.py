@@ -50,7 +50,8 @@ class FixedTexts(ABC):
     @property
     def num_bytes(self) -> int:
         """See Fixed."""
-        tensors = (self.told, self.best, *self.changing, *self.lasting)
+        moved = self.changing if self.num_beams > 1 else ()  # rows change places by way of a copy
+        tensors = (self.told, self.best, *self.changing, *self.lasting, *moved)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -94,7 +95,10 @@ class FixedSteps(Steps, ABC, Generic[F]):
 
     @abstractmethod
     def take_back(self, fixed: F, num_written: int) -> None:
-        """Let `exact` have, for as many rows as it brought, what was kept since, so many words more. It is read where it is."""
+        """Let `exact` have, for as many rows as it brought, what was kept since, so many words more.
+
+        It is read where it is, so that it must be copied, as `select` does, before another text writes there.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -163,17 +167,10 @@ class FixedSteps(Steps, ABC, Generic[F]):
 
     def _enter(self, num_texts: int, num_beams: int) -> None:
         """Take a recording that fits the texts, if there is one, and bring them there."""
-        if self._recordings.has_failed:
-            return
-        plan = self.plan(1 << (num_texts - 1).bit_length(), num_beams)
-        recording = None if plan is None else self._recordings.take(plan.key, plan.make, self)
-        if plan is None or recording is None:
-            return
-        plan.load(recording.fixed)
-        if not self._recordings.prepare(recording):
-            self._recordings.give_back(recording)
-            return
-        self._playing, self._at, self._num_written = recording, list(range(num_texts)), 0
+        plan = None if self._recordings.has_failed else self.plan(1 << (num_texts - 1).bit_length(), num_beams)
+        if plan is not None:
+            self._playing = self._recordings.take(plan.key, plan.make, plan.load, self)
+            self._at, self._num_written = list(range(num_texts)), 0
 
     def _leave(self) -> None:
         """Go on without a recording, with a copy of what the texts have kept."""

@@ -49,10 +49,12 @@ class FixedDecoding(Decoding):
             extra = replace(extra, values=like.new_zeros(num_rows, shape.num_values, config.width))
         self.columns = Columns(torch.zeros(num_rows, shape.num_columns, dtype=torch.bool, device=device), extra)
 
-    def advance(self) -> None:
-        """End a step."""
+    def step(self, ids: Tensor) -> Tensor:
+        """See Decoding."""
+        hidden = self._append(ids[:, None], torch.ones_like(ids, dtype=torch.bool)[:, None], everything=False)
         self.place.add_(1)
         self.lengths.add_(1)
+        return self.model.logits(hidden[:, -1])
 
     def _extend(self, mask: Tensor) -> Tensor:
         """See Decoding. Rows of no text, which know no end, stay at the last position."""
@@ -94,9 +96,7 @@ class FixedContinuations(FixedTexts):
         if rows is not None:
             kept = self.decoding.kept.tensor
             kept.copy_(kept.index_select(2, rows))
-        logits = self.decoding.step(words)
-        self.decoding.advance()
-        return logits
+        return self.decoding.step(words)
 
     def load(self, exact: Decoding) -> None:
         """Take texts over, from the first place on. What is in no text's places is set to zero: see `FixedAnswers.load`."""

@@ -1,5 +1,6 @@
 """Copies of slots add what the slots add, whoever was in their places before."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,3 +110,23 @@ def test_copies_project_with_the_heads_of_their_slots() -> None:
         for head in HEADS:
             wanted = [UniformAdaptation(view).project(head, x[2 * n : 2 * n + 2]) for n, view in enumerate(own)]
             torch.testing.assert_close(copies.project(head, x), torch.cat(wanted))
+
+
+def test_copies_that_were_broken_off_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = views()[2:4]
+    site, copies = SITES[2], copies_of("cross", 1)
+    x, before, out = torch.randn(3, 2, 1, DIMS.width)
+    copies.load([first])
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "_foreach_copy_", fail)
+        for view in (second, first):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                copies.load([view])
+    for view in (first, second):
+        copies.load([view])
+        wanted = UniformAdaptation(view).add(site, x, out, before)
+        torch.testing.assert_close(copies.terms.add(site, x, out, before), wanted)

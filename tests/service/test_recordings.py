@@ -1,12 +1,13 @@
-"""Recordings: whose they are, what is kept for the next, and what is dropped for it."""
+"""Recordings: whose they are, what is kept for the next, what is dropped for it, and what goes wrong without harm."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from service.recordings import Recordings
+from service import recordings as module
+from service.recordings import Recording, Recordings
 from tests.tape import CannotRecord, TapeRecorder, make_recordings
 
 
@@ -33,40 +34,53 @@ class Holder:
     """Somebody."""
 
 
-def take(recordings: Recordings, size: int, holder: object) -> Counting | None:
-    taken = recordings.take(size, lambda device: Counting(size, device), holder)
-    if taken is None:
-        return None
-    taken.fixed.taken = taken  # type: ignore[attr-defined]
-    return taken.fixed
+def ones(work: Counting) -> None:
+    work.told.fill_(1)
+
+
+def take(
+    recordings: Recordings,
+    size: int,
+    holder: object,
+    load: Callable[[Counting], None] = ones,
+    kind: type[Counting] = Counting,
+) -> Recording[Counting] | None:
+    return recordings.take((kind, size), lambda device: kind(size, device), load, holder)
 
 
 def test_a_recording_does_again_what_was_recorded_on_what_is_there_then() -> None:
     recordings, recorder = make_recordings()
-    taken = recordings.take("sum", lambda device: Counting(2, device), holder := Holder())
+    taken = take(recordings, 2, holder := Holder())
     assert taken is not None and holder
-    taken.fixed.told.fill_(1)
-    taken.prepare()
     assert not taken.fixed.sum.any(), "trying it leaves everything as it was"
     for wanted, told in ((2.0, 1.0), (8.0, 3.0), (8.0, 0.0)):
         taken.fixed.told.fill_(told)
         taken.replay()
         assert taken.fixed.result.tolist() == [wanted, wanted]
-    taken.prepare()
+    recordings.give_back(taken)
+    assert take(recordings, 2, holder) is taken
     assert recorder.num_recorded == 1
+
+
+def test_work_that_is_done_once_is_held_by_nobody() -> None:
+    recordings, recorder = make_recordings()
+    for told in (1.0, 2.0):
+        found = recordings.run(2, lambda device: Counting(2, device), lambda work: work.told.fill_(told))  # noqa: B023
+        assert found is not None and recordings.num_held == 0
+    assert found.result.tolist() == [6.0, 6.0]
+    assert (recorder.num_recorded, recorder.num_played) == (1, 3), "one of them a trial"
 
 
 def test_who_holds_a_recording_has_it_alone_and_others_get_it_next() -> None:
     recordings, _ = make_recordings()
     first, second = Holder(), Holder()
     one, other = take(recordings, 4, first), take(recordings, 4, second)
-    assert one is not None and other is not None and one is not other
-    recordings.give_back(one.taken)  # type: ignore[attr-defined]
+    assert one is not None and other is not None and one is not other and recordings.num_held == 2
+    recordings.give_back(one)
     assert take(recordings, 4, second) is one
     assert take(recordings, 8, second) not in (one, other)
-    del first
     third = Holder()
-    recordings.give_back(other.taken)  # type: ignore[attr-defined]
+    recordings.give_back(other)
     assert take(recordings, 4, third) is other
 
 
@@ -75,6 +89,7 @@ def test_a_holder_that_is_gone_holds_nothing() -> None:
     holder = Holder()
     one = take(recordings, 4, holder)
     del holder
+    assert recordings.num_held == 0
     assert take(recordings, 4, recordings) is one
 
 
@@ -85,7 +100,7 @@ def test_the_least_recently_used_that_nobody_holds_make_room() -> None:
     assert recordings.num_bytes == 12 * 9
     assert take(recordings, 5, holder) is None, "all are held"
     for size in (3, 2):
-        recordings.give_back(small[size].taken)  # type: ignore[union-attr]
+        recordings.give_back(small[size])  # type: ignore[arg-type]
     assert take(recordings, 4, holder) not in (None, small[4]), "3 went"
     assert recordings.num_bytes == 12 * 10
     assert take(recordings, 11, holder) is None, "larger than all there is"
@@ -93,29 +108,110 @@ def test_the_least_recently_used_that_nobody_holds_make_room() -> None:
     assert recordings.num_bytes == 12 * 10, "nothing was dropped for what has no room anyway"
 
 
-def test_work_that_asks_what_is_in_a_tensor_is_not_recorded() -> None:
-    class Asking(Counting):
-        def run(self) -> None:
-            if self.told.sum() > 1:
-                self.sum += 1
+class Asking(Counting):
+    """Looks at what it is told."""
 
+    def run(self) -> None:
+        if self.told.sum() > 1:
+            self.sum += 1
+
+
+class Elsewhere(Counting):
+    """What it reads is replaced when it is recorded: it does not stay where it was."""
+
+    def run(self) -> None:
+        self.told = self.told + 1
+        super().run()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Asking, "waits for the device"), (Elsewhere, "does not do what was recorded")]
+)
+def test_what_cannot_be_recorded_is_said_and_nothing_is_recorded_any_more(
+    kind: type[Counting], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     recordings, _ = make_recordings()
-    taken = recordings.take("asks", lambda device: Asking(2, device), recordings)
-    assert taken is not None
-    with pytest.raises(CannotRecord):
-        taken.prepare()
+    holder, free = Holder(), Holder()
+    held = take(recordings, 2, holder)
+    recordings.give_back(take(recordings, 3, free))  # type: ignore[arg-type]
+    assert take(recordings, 4, free, kind=kind) is None
+    assert recordings.has_failed and reason in caplog.text
+    assert recordings.num_held == 1 and recordings.num_bytes == 12 * 2, "what nobody holds is of no use any more"
+    assert take(recordings, 2, free) is None
+    assert held is not None
+    held.replay()
+    assert held.fixed.result.tolist() == [2.0, 2.0]
 
 
-def test_a_recording_that_does_something_else_is_found_out() -> None:
-    """What it reads was replaced after it was made: numbers that were brought from elsewhere."""
+@pytest.mark.parametrize("where", ["make", "load", "record"])
+def test_where_memory_runs_out_callers_do_without_for_a_while(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    recordings, recorder = make_recordings()
+    holder, is_full = Holder(), True
+    recordings.give_back(take(recordings, 3, holder))  # type: ignore[arg-type]
 
-    class Elsewhere(Counting):
+    def fail(at: str) -> None:
+        if is_full and at == where:
+            raise torch.OutOfMemoryError("full")
+
+    class Full(Counting):
+        def __init__(self, size: int, device: torch.device | None) -> None:
+            super().__init__(size, device)
+            fail("make" if device is None else "meta")
+
         def run(self) -> None:
-            self.told = self.told + 1
+            fail("record")
             super().run()
 
-    recordings = Recordings(TapeRecorder(), 1 << 20)
-    taken = recordings.take("elsewhere", lambda device: Elsewhere(2, device), recordings)
-    assert taken is not None
-    with pytest.raises(RuntimeError, match="does not do what was recorded"):
-        taken.prepare()
+    assert take(recordings, 4, holder, lambda work: fail("load"), Full) is None
+    assert not recordings.has_failed and not recordings.num_held and not recordings.num_bytes, (
+        "all gave up their memory"
+    )
+    is_full = False
+    assert take(recordings, 4, holder, kind=Full) is None, "not yet again"
+    clock[0] += module.PAUSE_S
+    assert take(recordings, 4, holder, kind=Full) is not None
+    assert recorder.num_recorded == 2
+
+
+def test_making_recordings_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    class Slow(TapeRecorder):
+        def record(self, run: Callable[[], None]) -> Callable[[], None]:
+            clock[0] += 2.0
+            return super().record(run)
+
+    recordings, holder = Recordings(Slow(), 1 << 20, share=0.05), Holder()
+    made = take(recordings, 2, holder)
+    assert made is not None
+    recordings.give_back(made)
+    clock[0] += 37.9
+    assert take(recordings, 3, holder) is None
+    assert take(recordings, 2, holder) is made, "what there is serves on"
+    clock[0] += 0.2
+    assert take(recordings, 3, holder) is not None
+
+
+def test_a_tape_refuses_what_waits_for_a_device() -> None:
+    x, mask, rows = torch.arange(6.0), torch.tensor([True, False] * 3), torch.tensor([1, 2])
+    for ask in (
+        lambda: x.tolist(),
+        lambda: x[0].item(),
+        lambda: bool(x[0] > 1),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: x[mask],
+        lambda: x.masked_select(mask),
+        lambda: mask.nonzero(),
+        lambda: torch.bincount(rows),
+        lambda: x[:2].repeat_interleave(rows),
+        lambda: torch.unique(x),
+        lambda: torch.tensor([1.0]) + x,
+        lambda: x.clone().index_put_((mask,), torch.zeros(())),
+    ):
+        with pytest.raises(CannotRecord):
+            TapeRecorder().record(ask)  # type: ignore[arg-type]
+    TapeRecorder().record(lambda: x[rows].add_(1).sum())  # type: ignore[arg-type, return-value]

@@ -17,7 +17,7 @@ NEAR_TIE = 1e-4
 def write_with_comings_and_goings(
     texts: Sequence[T], begin: Callable[[Sequence[T]], Writing], alike: Callable[[T], Hashable], seed: int
 ) -> list[GenerateOutput]:
-    """What comes of each text. Those that are begun in one go are `alike`."""
+    """What comes of each text. Those that are begun in one go are `alike`. Some have written a word before they join others."""
     choice, found = random.Random(seed), dict[int, GenerateOutput]()
     waiting, numbers = list(enumerate(texts)), list[int]()  # who is to come, and who is here
     writing: Writing | None = None
@@ -27,6 +27,13 @@ def write_with_comings_and_goings(
             coming = list(islice(same, choice.randint(1, 4)))
             waiting = waiting[len(coming) :]
             begun = begin([text for _, text in coming])
+            if choice.random() < 0.5:
+                ended = dict(begun.choose())
+                found |= {coming[place][0]: output for place, output in ended.items()}
+                coming = [pair for place, pair in enumerate(coming) if place not in ended]
+                if not coming:
+                    continue
+                begun.step()
             if writing is None or not numbers:
                 writing, numbers = begun, [number for number, _ in coming]
             else:

@@ -105,7 +105,7 @@ def test_texts_are_written_as_alone_whoever_comes_and_goes(
         for text, output in zip(texts, found, strict=True):
             assert_same(output, alone(backbone, slots, text, num_beams))
     assert recorder.num_played > recorder.num_recorded > 1
-    assert not recordings.has_failed
+    assert not recordings.has_failed and not recordings.num_held
 
 
 def alike(num: int, slot: int | Sequence[int] = 2, seed: int = 0) -> list[Text]:
@@ -201,7 +201,7 @@ def test_what_cannot_be_recorded_is_written_without(
             for text, output in zip(texts, found, strict=True):
                 assert_same(output, alone(backbone, slots, text, 2))
     assert recordings.has_failed
-    assert len([one for one in caplog.messages if "nothing is recorded" in one]) == 1
+    assert len([one for one in caplog.messages if "nothing more is recorded" in one]) == 1
 
 
 def test_texts_for_which_there_is_no_room_are_written_without(backbone: Backbone, slots: list[SlotView]) -> None:
@@ -244,3 +244,31 @@ def test_two_groups_of_texts_have_recordings_of_their_own(backbone: Backbone, sl
             for output, one in zip(by_ids, sorted(wanted, key=lambda output: output.hypotheses[0].ids), strict=True):
                 assert_same(output, one)
     assert recordings.num_bytes and recorder.num_recorded >= 2
+
+
+def test_texts_move_to_fewer_places_when_half_of_them_are_empty(backbone: Backbone, slots: list[SlotView]) -> None:
+    recordings, _ = make_recordings()
+    texts = alike(8)
+    with torch.inference_mode():
+        writing = begin(backbone.model, slots, texts, 2, recorded(backbone, recordings))
+        for gone in (0, 3, 1, 2):  # of 8, 5, 4 and 2
+            assert not writing.choose(), "a random text ended"
+            writing.let_go(range(gone))
+            writing.step()
+            assert recordings.num_held == 1
+    seen = [shape.num_texts for shape in keys(recordings)]
+    assert sorted(seen) == [2, 4, 8], "5 of 8 stay where they are, 4 move, and 2 do"
+
+
+def test_what_a_recording_takes_is_counted(backbone: Backbone, slots: list[SlotView]) -> None:
+    recordings, _ = make_recordings()
+    with torch.inference_mode():
+        writing = begin(backbone.model, slots, alike(3, [1, 2, 3]), 2, recorded(backbone, recordings))
+        writing.choose()
+        writing.step()
+    ((recording, _),) = recordings._all
+    fixed = recording.fixed
+    moved = fixed._cache.kept.tensor, fixed._cache.seen, fixed._cache.length
+    copies = fixed._copies._tensors.values()
+    own = [fixed.told, fixed.best, *moved, *moved, fixed._states.tensor, fixed._states_mask, *copies]
+    assert recordings.num_bytes == sum(tensor.numel() * tensor.element_size() for tensor in own)

@@ -83,7 +83,7 @@ def test_texts_are_written_as_alone_whoever_comes_and_goes(variant: int, num_bea
                 assert (recorder.num_played > played) == is_recorded
                 counts["no tail" if tail is None else "a tail" if is_recorded else "layers behind a tail"] += len(own)
     assert min(counts.values()) >= 3 and len(counts) == 3
-    assert not recordings.has_failed
+    assert not recordings.has_failed and not recordings.num_held
 
 
 def test_what_is_no_number_stays_with_its_text() -> None:
