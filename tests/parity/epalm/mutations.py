@@ -80,7 +80,7 @@ def stale_extra(patch: Patch) -> None:
     """Keys and values of the extra token behind the window are those of the question, whatever follows."""
 
     def append(self: Decoding, tail: int, x: Tensor, new: int, *, everything: bool) -> Tensor:
-        model, columns, end = self._model, self._columns, self._end
+        model, columns, end = self.model, self.columns, self.end
         assert self._inputs is not None
         x = columns.enter(tail - 1, functional.pad(x, (0, 0, 1, 0)))
         x = columns.enter(tail, self._append_layer(tail - 1, x, new))
