@@ -155,6 +155,11 @@ class Recordings:
         return sum(recording.fixed.num_bytes for recording, _ in self._all)
 
     @property
+    def makes_new(self) -> bool:
+        """Whether new ones are made now, where there is room."""
+        return not self.has_failed and time.monotonic() >= self._paused_until
+
+    @property
     def num_held(self) -> int:
         """How many somebody holds."""
         return sum(held_by() is not None for _, held_by in self._all)
@@ -203,7 +208,7 @@ class Recordings:
         if found is not None:
             self._hold(found, weakref.ref(holder))
             return found
-        if time.monotonic() < self._paused_until:
+        if not self.makes_new:
             return None
         if key not in self._sizes:
             self._sizes[key] = make(torch.device("meta")).num_bytes

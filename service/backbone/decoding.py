@@ -213,13 +213,6 @@ class Writing:
         self._best = self._best[:, told(self._best.device, places)]
 
 
-def generate(
-    steps: Steps, starts: Sequence[Start], *, num_beams: int, end: int, keep_going: KeepGoing = lambda: True
-) -> list[GenerateOutput]:
-    """What follows the starts, of which `steps` has a row each; see `write_all`."""
-    return write_all(Writing(steps, starts, num_beams=num_beams, end=end), keep_going)
-
-
 def write_all(writing: Writing, keep_going: KeepGoing = lambda: True) -> list[GenerateOutput]:
     """Texts from their first word to their last: beam search, or with one beam greedy search.
 

@@ -137,7 +137,7 @@ class FixedSteps(Steps, ABC, Generic[F]):
     def write(self, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]) -> Tensor:
         """See Steps."""
         num_beams, num_texts = len(totals[0]), len(totals)
-        if self._playing is None or 2 * num_texts <= self._playing.fixed.num_texts:
+        if self._playing is None or self._has_too_many_places(num_texts):
             if len(rows) < self.num_rows or self._playing is not None:
                 self.select(rows, num_beams)
                 rows = range(len(rows))
@@ -152,6 +152,11 @@ class FixedSteps(Steps, ABC, Generic[F]):
         if self._at == list(range(num_texts)):
             return fixed.best[:, :num_texts]
         return fixed.best.index_select(1, told(self.device, self._at))
+
+    def _has_too_many_places(self, num_texts: int) -> bool:
+        """Whether texts should move to a smaller recording: half of the places are empty, and there may be such a one."""
+        assert self._playing is not None
+        return 2 * num_texts <= self._playing.fixed.num_texts and self._recordings.makes_new
 
     def _placed(
         self, fixed: F, rows: Sequence[int], words: Sequence[int], totals: Sequence[Sequence[float]]

@@ -260,6 +260,25 @@ def test_texts_move_to_fewer_places_when_half_of_them_are_empty(backbone: Backbo
     assert sorted(seen) == [2, 4, 8], "5 of 8 stay where they are, 4 move, and 2 do"
 
 
+def test_texts_stay_where_they_are_while_no_recordings_are_made(
+    backbone: Backbone, slots: list[SlotView], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings, recorder = make_recordings()
+    texts = alike(8)
+    with torch.inference_mode():
+        writing = begin(backbone.model, slots, texts, 2, recorded(backbone, recordings))
+        for gone in (0, 6, 1):
+            assert not writing.choose(), "a random text ended"
+            writing.let_go(range(gone))
+            writing.step()
+            monkeypatch.setattr(Recordings, "makes_new", False)
+        assert [shape.num_texts for shape in keys(recordings)] == [8] and recorder.num_played == 4, (
+            "one of them a trial"
+        )
+        (found,) = write_all(writing)
+    assert_same(found, alone(backbone, slots, texts[7], 2))
+
+
 def test_what_a_recording_takes_is_counted(backbone: Backbone, slots: list[SlotView]) -> None:
     recordings, _ = make_recordings()
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.backbone.decoding import Steps, generate, pad_ids
+from service.backbone.decoding import Steps, Writing, pad_ids, write_all
 from service.backbone.opt_answers import generate_texts
 from service.types import GenerateOutput
 from tests.service.backbone.opt_random import BASE, FAMILY, IDS, Mixed, config_of, dims_of, random_batch, random_model
@@ -59,7 +59,7 @@ def kept(batch: Mixed, num_beams: int) -> list[GenerateOutput]:
 
 
 def whole(batch: Mixed, num_beams: int) -> list[GenerateOutput]:
-    return generate(Whole(batch), batch.starts, num_beams=num_beams, end=IDS.eos)
+    return write_all(Writing(Whole(batch), batch.starts, num_beams=num_beams, end=IDS.eos))
 
 
 def kinds(batch: Mixed) -> list[str]:
