@@ -9,6 +9,8 @@ are a table, of which `gathered` sums the rows that each row of a batch needs, w
 multiplies many rows by such a matrix about as fast as by a packed one.
 """
 
+import math
+import time
 from functools import cache
 from typing import Literal
 
@@ -20,6 +22,8 @@ Activation = Literal["none", "relu", "gelu"]
 
 PACKED_ROWS = 256  # the layout that oneDNN picks for so many rows serves fewer and more of them well
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+WIDE_TRIAL = (24, 35, 512, 768)  # matrices, rows of each, outputs, inputs
+CLEARLY = 1.2
 _ONEDNN_FROM = 3_000_000  # multiplications from which oneDNN's dearer call pays with a matrix that is not packed
 
 
@@ -127,6 +131,37 @@ def groups_right(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     tolerance = 16 * torch.finfo(dtype).eps
     return torch.allclose(got, torch.cat([x[:3] @ stack[0], x[3:] @ stack[2]]), rtol=tolerance, atol=tolerance)
+
+
+@cache
+def singles_win(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows are multiplied by wide matrices faster one matrix at a time, by oneDNN, than in one batched product of torch's.
+
+    That depends on the machine: on one AMD EPYC it took 1.2 times as long, on the next generation of it 0.6 times, for oneDNN
+    uses the wider registers there and the library behind torch's batched products does not. So it is measured once, in about
+    50 ms, on more matrices than caches hold, and must be clear.
+    """
+    if not has_onednn(device, dtype):
+        return False
+    count, rows, outputs, inputs = WIDE_TRIAL
+    x, bias = torch.full((count, rows, inputs), 0.01, dtype=dtype), torch.zeros(count, 1, outputs, dtype=dtype)
+    matrices = torch.full((count, inputs, outputs), 0.01, dtype=dtype)
+
+    def singly() -> None:
+        for one, matrix, own in zip(x, matrices, bias, strict=True):
+            linear(one, matrix.mT, own[0])
+
+    def together() -> None:
+        torch.baddbmm(bias, x, matrices)
+
+    best = {singly: math.inf, together: math.inf}
+    with torch.inference_mode():
+        for _ in range(6):
+            for run in best:
+                start = time.perf_counter()
+                run()
+                best[run] = min(best[run], time.perf_counter() - start)
+    return CLEARLY * best[singly] < best[together]
 
 
 @cache

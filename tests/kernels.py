@@ -43,7 +43,7 @@ class Setting:
 SERVED = "as served"
 SETTINGS: Mapping[str, Setting] = {
     SERVED: Setting(DEFAULT_KERNELS, None),
-    "slot by slot": Setting(Kernels(segments_from=1), SLOT_BY_SLOT, onednn_from=0),
+    "slot by slot": Setting(Kernels(segments_from=1, wide_from=1), SLOT_BY_SLOT, onednn_from=0),
     "a loop": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=0, gathered_at_most=0), LOOP),
     "stacked": Setting(Kernels(NEVER, stacked_up_to=NEVER, gathered_up_to=0, gathered_at_most=0), STACKED),
     "gathered": Setting(Kernels(NEVER, stacked_up_to=0, gathered_up_to=NEVER), "gathered"),

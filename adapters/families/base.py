@@ -255,6 +255,11 @@ class SlotView:
         maps = () if self.family is None else self.family.layer_maps()
         return tuple(self.slot.tensor(f"{name}.weight", 0).shape for name in maps)
 
+    @cached_property
+    def widest(self) -> int:
+        """Numbers of the largest of those matrices."""
+        return max((size.numel() for size in self.sizes), default=0)
+
     def memory(self, stack: Stack, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """See Family.memory."""
         return None if self.family is None else self.family.memory(stack, y, self.slot)
@@ -389,7 +394,8 @@ class GroupedAdaptation:
     def add(self, site: Site, x: Tensor, out: Tensor, before: Tensor | None = None) -> Tensor:
         """See Adaptation.add."""
         for family, groups, slots in self.spans:
-            if x.shape[1] * max(group.stop - group.start for group in groups) >= self.kernels.segments_from:
+            num_rows = x.shape[1] * max(group.stop - group.start for group in groups)
+            if num_rows >= self.kernels.slot_by_slot_from(groups[0].view.widest):
                 for group in groups:
                     _add_term(family, site, x, out, before, group.rows, group.view.slot)
             else:

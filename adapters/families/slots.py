@@ -4,7 +4,8 @@ The maths is written once, for a `Slot`; whose weights a row meets, and by which
 slot stand next to each other. Which kernel is fastest where was measured (docs/benchmarks.md); all give the same numbers.
 
     rows of a slot x tokens      kernel
-    many (`segments_from`)       the maths runs slot by slot on views of the rows: what a slot makes stays in the cache
+    many (`segments_from`)       the maths runs slot by slot on views of the rows: what a slot makes stays in the cache; where
+                                 single products win on this machine, fewer of wide matrices (`wide_from`)
     some, slots side by side     *stacked*: one batched product over the bank's stack, no weight is copied
     few, slots anywhere          *gathered*: one weighted sum of the stack's rows
     all others                   a loop of products into one result; all else of the maths once for all rows
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.products import Activation, activate, can_group, gathered, grouped, linear
+from adapters.products import Activation, activate, can_group, gathered, grouped, linear, singles_win
 
 Weights = Mapping[str, Tensor]  # those of layers: [layers, ...]
 
@@ -55,23 +56,32 @@ class Kernels:
     """
 
     segments_from: int = 256
+    wide_from: int = 256  # the same, where a slot's matrices are wide
     stacked_up_to: int = 64
     gathered_up_to: int = 4
     gathered_at_most: int = 16  # where they cannot be stacked
     grouped: bool = False
     copied_up_to: int = 0
 
+    def slot_by_slot_from(self, size: int) -> int:
+        """From how many rows x tokens of a slot on the maths runs slot by slot where matrices have so many numbers."""
+        return min(self.segments_from, self.wide_from) if size >= WIDE else self.segments_from
+
 
 ANY = 1 << 60
+WIDE = 300_000  # numbers of a matrix; rank 512 of a width of 768 has 393,216
 DEFAULT_KERNELS = Kernels()
-COPYING_KERNELS = Kernels(segments_from=ANY, stacked_up_to=ANY, gathered_up_to=0, gathered_at_most=0, copied_up_to=ANY)
+SINGLES_KERNELS = replace(DEFAULT_KERNELS, wide_from=16)
+COPYING_KERNELS = Kernels(
+    segments_from=ANY, wide_from=ANY, stacked_up_to=ANY, gathered_up_to=0, gathered_at_most=0, copied_up_to=ANY
+)
 GROUPED_KERNELS = replace(COPYING_KERNELS, grouped=True)
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """What serves on a device in a precision."""
+    """What serves on a device in a precision; on a CPU by a measurement, once."""
     if device.type == "cpu":
-        return DEFAULT_KERNELS
+        return SINGLES_KERNELS if singles_win(device, dtype) else DEFAULT_KERNELS
     return GROUPED_KERNELS if can_group(device, dtype) else COPYING_KERNELS
 
 

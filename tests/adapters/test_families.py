@@ -10,9 +10,11 @@ from pydantic import JsonValue
 from torch import Tensor
 from torch.nn import functional
 
+from adapters import products
 from adapters.config import AdapterConfig, BackboneRef, Preprocessing, Task
 from adapters.errors import InvalidPackage
 from adapters.families import FAMILIES, family_of
+from adapters.families import slots as slots_module
 from adapters.families.base import (
     BlipDims,
     GroupedAdaptation,
@@ -27,6 +29,8 @@ from adapters.families.slots import (
     COPYING_KERNELS,
     DEFAULT_KERNELS,
     GROUPED_KERNELS,
+    SINGLES_KERNELS,
+    WIDE,
     Kernels,
     OneSlot,
     Place,
@@ -438,6 +442,32 @@ def test_runs_of_any_length_have_plans_of_their_own() -> None:
         torch.testing.assert_close(own[:1], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wins", [True, False])
+def test_wide_matrices_are_multiplied_singly_where_that_wins(wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "singles_win", lambda device, dtype: wins)
+    kernels = kernels_for(torch.device("cpu"), torch.float32)
+    assert kernels.slot_by_slot_from(WIDE - 1) == DEFAULT_KERNELS.segments_from
+    assert (kernels.slot_by_slot_from(WIDE) < DEFAULT_KERNELS.segments_from) == wins
+
+
+def test_a_machine_says_once_which_way_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, which runs as it is told here."""
+    now, took = [0.0], {"singly": 1.0, "together": 1.0}
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now[0])
+
+    def counted(way: str) -> None:
+        now[0] += took[way]
+
+    monkeypatch.setattr(products, "linear", lambda *_: counted("singly"))
+    monkeypatch.setattr(products.torch, "baddbmm", lambda *_: counted("together"))
+    monkeypatch.setattr(products, "has_onednn", lambda device, dtype: device.type == "cpu")
+    device, matrices = torch.device("cpu"), products.WIDE_TRIAL[0]
+    for singly, together, wins in ((1.0, 1.1, False), (1.0, 1.3, True), (2.0, 1.0, False)):
+        took |= {"singly": singly / matrices, "together": together}
+        assert products.singles_win.__wrapped__(device, torch.float32) == wins
+    assert not products.singles_win.__wrapped__(torch.device("meta"), torch.float32)
+
+
 def test_what_cannot_be_grouped_is_copied() -> None:
     assert kernels_of(GROUPED_KERNELS, views(), [2, 2, 3], 577) == [("grouped", 2)]
     assert kernels_of(GROUPED_KERNELS, views(), [3, 2, 2], 577) == [("copied", 2)]
@@ -445,7 +475,7 @@ def test_what_cannot_be_grouped_is_copied() -> None:
 
 
 def test_a_device_that_is_no_cpu_takes_the_same_launches_for_any_slots() -> None:
-    assert kernels_for(torch.device("cpu"), torch.float32) == DEFAULT_KERNELS
+    assert kernels_for(torch.device("cpu"), torch.float32) in (DEFAULT_KERNELS, SINGLES_KERNELS)
     assert kernels_for(torch.device("meta"), torch.float32) == COPYING_KERNELS
 
 
