@@ -38,9 +38,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(
-            device
-        )  # its own: libraries keep memory for each stream, in the pool of its graphs
+        # a stream of its own: libraries keep memory for each stream, in the pool of its graphs
+        self._stream = torch.cuda.Stream(device)
         self._first: torch.cuda.CUDAGraph | None = None  # as long as one graph lives, so does the pool
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
