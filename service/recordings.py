@@ -172,6 +172,7 @@ class Recordings:
         device (None), or on "meta", which tells how large it is.
         """
         if self.has_failed:
+            self._drop_unheld()
             return None
         recording: Recording[F] | None = None
         try:
@@ -186,7 +187,8 @@ class Recordings:
         except Exception as error:
             self.has_failed = True
             log.warning("nothing more is recorded: %s", error, exc_info=error)
-        self._all = [pair for pair in self._all if pair[1]() is not None and pair[0] is not recording]
+        self._all = [pair for pair in self._all if pair[0] is not recording]
+        self._drop_unheld()
         return None
 
     def run(self, key: Hashable, make: Callable[[torch.device | None], F], load: Callable[[F], None]) -> F | None:
@@ -201,6 +203,11 @@ class Recordings:
     def give_back(self, recording: Recording[Any]) -> None:
         """End a hold."""
         self._hold(recording, _nobody)
+        if self.has_failed:  # nobody takes it any more
+            self._drop_unheld()
+
+    def _drop_unheld(self) -> None:
+        self._all = [pair for pair in self._all if pair[1]() is not None]
 
     def _find(self, key: Hashable, make: Callable[[torch.device | None], F], holder: object) -> Recording[F] | None:
         found = next((one for one, held_by in self._all if one.key == key and held_by() is None), None)

@@ -141,6 +141,17 @@ def test_what_cannot_be_recorded_is_said_and_nothing_is_recorded_any_more(
     assert held is not None
     held.replay()
     assert held.fixed.result.tolist() == [2.0, 2.0]
+    recordings.give_back(held)
+    assert not recordings.num_bytes
+
+
+def test_a_holder_that_goes_after_a_failure_leaves_nothing() -> None:
+    recordings, _ = make_recordings()
+    holder = Holder()
+    assert take(recordings, 2, holder) is not None and take(recordings, 4, holder, kind=Asking) is None
+    del holder
+    assert take(recordings, 2, recordings) is None
+    assert not recordings.num_bytes
 
 
 @pytest.mark.parametrize("where", ["make", "load", "record"])
