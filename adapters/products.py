@@ -138,8 +138,8 @@ def singles_win(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows are multiplied by wide matrices faster one matrix at a time, by oneDNN, than in one batched product of torch's.
 
     That depends on the machine: on one AMD EPYC it took 1.2 times as long, on the next generation of it 0.6 times, for oneDNN
-    uses the wider registers there and the library behind torch's batched products does not. So it is measured once, in about
-    50 ms, on more matrices than caches hold, and must be clear.
+    uses the wider registers there and the library behind torch's batched products does not. So it is measured once, in 0.06
+    to 0.1 s, on more matrices than caches hold, and must be clear.
     """
     if not has_onednn(device, dtype):
         return False

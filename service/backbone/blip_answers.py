@@ -112,7 +112,7 @@ def begin_answers(
 ) -> Writing:
     """Answers of `num_questions` questions whose states are in `memory`; `adaptation` has one row per question.
 
-    `writer` makes what writes them of their steps. Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
+    `writer` may put something in front of the steps that writes by them. Sequences hold [DEC], at most `max_length` ids in all, and [SEP] where it was reached.
     """
     special = model.config.special_ids
     steps = BlipSteps(model, memory, num_questions, adaptation, max_length=max_length)

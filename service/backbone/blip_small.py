@@ -13,7 +13,7 @@ from torch.nn import functional
 from adapters.families.base import BackboneDims, SlotView
 from adapters.families.copies import Copies, Slots, slots_of
 from service.backbone.blip import Blip
-from service.backbone.fixed import rounded_up
+from service.backbone.fixed import power_of_two, rounded_up
 from service.recordings import Recordings
 
 # Reckoned, not measured: above, a GPU computes for longer than it takes to launch what it computes.
@@ -135,7 +135,7 @@ class SmallBatches:
 
     def see(self, pixels: Tensor, views: Sequence[SlotView]) -> FixedVision | None:
         """Frames [F, 3, R, R], on the device, with the slot of each. What is found there is there until the next batch."""
-        num_rows = _power_of_two(len(pixels))
+        num_rows = power_of_two(len(pixels))
         found = slots_of(views, num_rows, self._dims, "mlp") if len(pixels) <= MAX_FRAMES else None
         if found is None:
             return None
@@ -146,7 +146,7 @@ class SmallBatches:
 
     def read(self, ids: Tensor, mask: Tensor, views: Sequence[SlotView]) -> FixedText | None:
         """Texts ids [B, L], on the device, with the slot of each. What is found there is there until the next batch."""
-        num_rows, fits = _power_of_two(len(ids)), len(ids) <= MAX_TEXTS and ids.shape[1] <= MAX_TOKENS
+        num_rows, fits = power_of_two(len(ids)), len(ids) <= MAX_TEXTS and ids.shape[1] <= MAX_TOKENS
         found = slots_of(views, num_rows, self._dims, "text") if fits else None
         if found is None:
             return None
@@ -156,7 +156,3 @@ class SmallBatches:
         size = num_rows, num_tokens, slots
         make = partial(FixedText, self._model, self._dims, *size)
         return self._recordings.run(("text", *size), make, lambda fixed: fixed.load(ids, mask, own))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

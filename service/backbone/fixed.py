@@ -172,7 +172,7 @@ class FixedSteps(Steps, ABC, Generic[F]):
 
     def _enter(self, num_texts: int, num_beams: int) -> None:
         """Take a recording that fits the texts, if there is one, and bring them there."""
-        plan = None if self._recordings.has_failed else self.plan(1 << (num_texts - 1).bit_length(), num_beams)
+        plan = None if self._recordings.has_failed else self.plan(power_of_two(num_texts), num_beams)
         if plan is not None:
             self._playing = self._recordings.take(plan.key, plan.make, plan.load, self)
             self._at, self._num_written = list(range(num_texts)), 0
@@ -186,6 +186,11 @@ class FixedSteps(Steps, ABC, Generic[F]):
         self.take_back(recording.fixed, self._num_written)
         self.exact.select([place * num_beams + beam for place in self._at for beam in range(num_beams)], num_beams)
         self._recordings.give_back(recording)
+
+
+def power_of_two(number: int) -> int:
+    """The next one: batches of few sizes are recorded."""
+    return 1 << (number - 1).bit_length()
 
 
 def rounded_up(number: int, multiple: int) -> int:

@@ -42,7 +42,7 @@ def begin_texts(
 ) -> Writing:
     """What follows each start; `features` holds each row's encoder states [blocks, d], or None.
 
-    `writer` makes what writes the texts of their steps.
+    `writer` may put something in front of the steps that writes by them.
 
     A start that is as long as it may come to be, or longer, is followed by one token.
     """
